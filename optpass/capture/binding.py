@@ -1,0 +1,73 @@
+"""Weights of a captured graph → leaves of the checkpoint: names, ties, shapes, dtypes, all checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from optpass.errors import WeightError, nearest
+from optpass.ir.graph import Graph, shape_of, value_of
+from optpass.ir.weights import Absent, Cast, Constant, Expression, WeightStore, dtype_name
+
+SHOWN = 5
+
+
+def bind(
+    graph: Graph,
+    aliases: Mapping[str, tuple[str, ...]],
+    constants: Mapping[str, Tensor],
+    checkpoint: Mapping[str, Expression] | None,
+) -> WeightStore:
+    """Find an expression for every weight that ``graph`` reads.
+
+    A name that the checkpoint lacks is looked up under the names of the same tensor (``aliases``),
+    then among the ``constants`` that the model's code computed. Floating weights are cast to the
+    dtype that the graph was captured in.
+
+    Raises:
+        WeightError: names are missing or shapes differ; the first few are listed.
+    """
+    found: dict[str, Expression] = {}
+    missing: list[str] = []
+    misshapen: list[str] = []
+    for node in graph.fx.nodes:
+        if node.op != "get_attr" or (name := str(node.target)) in found:
+            continue
+        shape, dtype = shape_of(node), value_of(node).dtype
+        expression = _lookup(name, aliases, constants, checkpoint)
+        if expression is None and checkpoint is None:
+            expression = Absent(name, shape, dtype)
+        if expression is None:
+            missing.append(name)
+        elif tuple(expression.shape) != shape:
+            misshapen.append(f"{name}: the model has {list(shape)}, the checkpoint {list(expression.shape)}")
+        else:
+            found[name] = expression if expression.dtype == dtype else Cast(expression, dtype)
+    _refuse(missing, misshapen, checkpoint or {})
+    return WeightStore(found)
+
+
+def _lookup(
+    name: str,
+    aliases: Mapping[str, tuple[str, ...]],
+    constants: Mapping[str, Tensor],
+    checkpoint: Mapping[str, Expression] | None,
+) -> Expression | None:
+    for candidate in (name, *aliases.get(name, ())):
+        if checkpoint is not None and candidate in checkpoint:
+            return checkpoint[candidate]
+    return Constant(constants[name]) if name in constants else None
+
+
+def _refuse(missing: list[str], misshapen: list[str], checkpoint: Mapping[str, Expression]) -> None:
+    if misshapen:
+        raise WeightError(f"{len(misshapen)} weights do not fit the model: {_listed(misshapen)}")
+    if missing:
+        hint = nearest(missing[0], checkpoint) if checkpoint else "; the file holds no tensors"
+        raise WeightError(f"{len(missing)} weights are missing from the checkpoint: {_listed(missing)}{hint}")
+
+
+def _listed(items: list[str]) -> str:
+    shown = ", ".join(items[:SHOWN])
+    return f"{shown}, and {len(items) - SHOWN} more" if len(items) > SHOWN else shown

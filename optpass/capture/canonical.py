@@ -1,0 +1,129 @@
+"""An exported program → a graph in the canonical dialect.
+
+Every rewrite here keeps the function bit for bit; what cannot be kept (an in-place operator that
+``torch.export`` could not make functional) is refused with the module it came from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from optpass.errors import UserError
+from optpass.ir.dialect import ALIASES, CASTS, EXPANSIONS, IDENTITIES, is_assertion, is_inplace
+from optpass.ir.graph import PATH, Graph
+from optpass.ir.signature import Signature
+
+aten = torch.ops.aten
+
+
+def canonicalise(exported: ExportedProgram, signature: Signature) -> Graph:
+    """The graph of ``exported`` in the dialect; parameters, buffers and constants become ``get_attr``.
+
+    Raises:
+        UserError: the model mutates its inputs or buffers, or keeps an operator outside the dialect.
+    """
+    if any(is_inplace(node.target) for node in exported.graph.nodes):
+        # An empty table decomposes nothing; what remains of run_decompositions is functionalisation.
+        exported = exported.run_decompositions({})
+    _refuse_mutation(exported)
+    graph = Graph(fx.Graph(), signature)
+    graph.fx.output(graph.fx.graph_copy(exported.graph, {}))
+    _lift_weights(graph, exported)
+    for node in list(graph.fx.nodes):
+        _set_provenance(node)
+    for node in graph.calls:
+        _canonicalise_node(graph, node)
+    _drop_unread_inputs(graph, exported)
+    graph.output_node.args = (tuple(graph.output_node.args[0]),)  # type: ignore[arg-type]
+    graph.remove_dead_code()
+    return graph
+
+
+def _refuse_mutation(exported: ExportedProgram) -> None:
+    signature = exported.graph_signature
+    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if mutated:
+        raise UserError(f"the model writes to {', '.join(map(repr, mutated))} while it runs; capture a functional form")
+
+
+def _lift_weights(graph: Graph, exported: ExportedProgram) -> None:
+    """Replace placeholders of parameters, buffers and constants by ``get_attr`` of their names."""
+    targets = {
+        spec.arg.name: spec.target
+        for spec in exported.graph_signature.input_specs
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target
+    }
+    for node in graph.placeholders:
+        if node.name not in targets:
+            continue
+        with graph.before(node):
+            weight = graph.fx.get_attr(targets[node.name])
+        weight.meta = dict(node.meta)
+        node.replace_all_uses_with(weight)
+        graph.fx.erase_node(node)
+    # Placeholders must stand first, and weights now stand between them.
+    first = graph.fx._root
+    for node in reversed(graph.placeholders):
+        first.append(node)
+
+
+def _drop_unread_inputs(graph: Graph, exported: ExportedProgram) -> None:
+    """Placeholders of non-tensor arguments (``None``, flags) have no place in a flat signature."""
+    constants = {
+        spec.arg.name
+        for spec in exported.graph_signature.input_specs
+        if spec.kind == InputKind.USER_INPUT and not isinstance(exported_value(exported, spec.arg.name), Tensor)
+    }
+    for node in graph.placeholders:
+        if node.name in constants and not node.users:
+            graph.fx.erase_node(node)
+
+
+def exported_value(exported: ExportedProgram, name: str) -> Any:
+    """The fake value of the placeholder called ``name``."""
+    return next((n.meta.get("val") for n in exported.graph.nodes if n.name == name), None)
+
+
+def _set_provenance(node: fx.Node) -> None:
+    stack = node.meta.get("nn_module_stack")
+    path = next(reversed(stack.values()))[0] if stack else ""
+    # torch.export suffixes the path of a module that is called again with "@1", "@2" …
+    node.meta[PATH] = path.split("@")[0]
+    for key in set(node.meta) - {"val", PATH, "nn_module_stack"}:
+        del node.meta[key]
+
+
+def _canonicalise_node(graph: Graph, node: fx.Node) -> None:
+    if is_assertion(node):
+        graph.fx.erase_node(node)
+    elif node.target in IDENTITIES:
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        graph.fx.erase_node(node)
+    elif node.target in CASTS:
+        _canonicalise_cast(graph, node)
+    elif node.target in ALIASES:
+        _respell(node, aten.reshape.default)
+    elif node.target in EXPANSIONS:
+        _respell(node, aten.expand.default)
+
+
+def _canonicalise_cast(graph: Graph, node: fx.Node) -> None:
+    source: Any = node.args[0]
+    dtype = node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        node.replace_all_uses_with(source)
+        graph.fx.erase_node(node)
+        return
+    node.target = aten.to.dtype
+    node.args, node.kwargs = (source, dtype), {}
+
+
+def _respell(node: fx.Node, target: Any) -> None:
+    """Spell ``node`` as ``target(operand, sizes)``, the sizes being those of its result."""
+    node.target = target
+    node.args, node.kwargs = (node.args[0], list(node.meta["val"].shape)), {}

@@ -1,0 +1,137 @@
+"""torch.export of a module that has no weights: fake parameters in, a canonical Program out."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from optpass.capture.canonical import canonicalise
+from optpass.errors import UserError
+from optpass.ir.dialect import verify
+from optpass.ir.graph import Graph
+from optpass.ir.program import InputRange, Loop, Origin, Program
+from optpass.ir.signature import Signature, tree_of_example, tree_of_spec
+from optpass.ir.weights import Absent, Cast, Constant, Expression, WeightStore, dtype_name
+
+ENTRY = "full"
+
+
+def build_fake(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, FakeTensorMode]:
+    """The module that ``build`` makes, its parameters fake (no memory), its computed buffers real.
+
+    Buffers stay real because their values come from code, not from the checkpoint (position ids,
+    rotary frequencies). ``dtype`` is the parameters' dtype at construction.
+    """
+    from accelerate import init_empty_weights
+
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False), torch.no_grad():
+            module = build().eval()
+    finally:
+        torch.set_default_dtype(previous)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _fake_parameters(module, mode)
+    return module, mode
+
+
+def _fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
+    # Fake tensors on "cpu" rather than meta tensors: SVD mixes them with tensors made on the input's device.
+    replaced: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in replaced:
+                with mode:
+                    value = torch.empty(parameter.shape, dtype=parameter.dtype)
+                replaced[id(parameter)] = nn.Parameter(value, requires_grad=False)
+            owner._parameters[name] = replaced[id(parameter)]
+
+
+def export_program(
+    module: nn.Module,
+    mode: FakeTensorMode,
+    arguments: Mapping[str, Any],
+    checkpoint: Mapping[str, Expression] | None,
+    origin: Origin,
+    *,
+    ranges: Mapping[str, InputRange] | None = None,
+    loop: bool = False,
+) -> Program:
+    """Export ``module(**arguments)`` and bind its weights to ``checkpoint``.
+
+    ``arguments`` are real or fake example tensors; only shape and dtype count. ``checkpoint`` is
+    ``None`` for a structure-only capture.
+
+    Raises:
+        UserError: torch.export refuses the model; the message carries its reason.
+        WeightError: the checkpoint lacks a weight, or one has another shape.
+    """
+    from optpass.capture.binding import bind
+
+    with mode:
+        fakes = torch.utils._pytree.tree_map_only(
+            Tensor, lambda t: t if isinstance(t, FakeTensor) else torch.empty(t.shape, dtype=t.dtype), dict(arguments)
+        )
+    with quiet_export():
+        try:
+            exported = torch.export.export(module, (), fakes, strict=False)
+        except Exception as error:
+            raise UserError(f"torch.export cannot capture {type(module).__name__}: {first_lines(error)}") from error
+    signature = Signature(
+        parameters=tuple(inspect.signature(module.forward).parameters),
+        arguments=tree_of_example(fakes, ""),
+        output=tree_of_spec(exported.call_spec.out_spec),
+    )
+    graph = canonicalise(exported, signature)
+    weights = bind(graph, _aliases(module), _constants(module, exported.constants), checkpoint)
+    program = Program({ENTRY: graph}, weights, origin, Loop(ENTRY) if loop else None, dict(ranges or {}))
+    verify(program)
+    return program
+
+
+def _aliases(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For every parameter and buffer name, all names that the same tensor has (tied weights)."""
+    groups: dict[int, list[str]] = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        groups.setdefault(id(tensor), []).append(name)
+    return {name: tuple(names) for names in groups.values() for name in names}
+
+
+def _constants(module: nn.Module, lifted: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Real tensors that come from code: computed buffers and the literals that export lifted."""
+    found = {name: value for name, value in lifted.items() if isinstance(value, Tensor)}
+    found |= dict(module.named_buffers(remove_duplicate=False))
+    return {name: value for name, value in found.items() if not isinstance(value, FakeTensor)}
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Without torch.export's warnings about things that the dialect settles anyway."""
+    import warnings
+
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def first_lines(error: BaseException, count: int = 3) -> str:
+    """The part of a torch error that a reader can use."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:count]) or type(error).__name__

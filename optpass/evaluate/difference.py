@@ -1,0 +1,125 @@
+"""Numeric difference between two Programs of one signature, on random inputs and their real weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from optpass.ir.graph import TensorSpec
+from optpass.ir.program import InputRange, Program
+from optpass.pipeline.target import Runner
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Over all outputs of all entries: the worst of each figure.
+
+    ``max_abs`` is max|a−b|; ``relative_error`` is max|a−b| / max|a|; ``snr`` is
+    10·log10(Σa² / Σ(a−b)²) in dB, infinite when equal; ``a`` is the reference.
+    """
+
+    max_abs: float
+    relative_error: float
+    snr: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def worst(self, other: Difference) -> Difference:
+        return Difference(
+            _worse(self.max_abs, other.max_abs),
+            _worse(self.relative_error, other.relative_error),
+            -_worse(-self.snr, -other.snr),
+        )
+
+
+EQUAL = Difference(0.0, 0.0, math.inf)
+
+
+def _worse(a: float, b: float) -> float:
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def tensor_difference(reference: Tensor, other: Tensor) -> Difference:
+    """The figures for one pair of tensors of equal shape, computed in float64.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if reference.shape != other.shape:
+        raise ValueError(f"shapes differ: {tuple(reference.shape)} and {tuple(other.shape)}")
+    a, b = reference.double(), other.double()
+    if a.numel() == 0 or torch.equal(a, b):
+        return EQUAL
+    gap = (a - b).abs()
+    peak, noise, signal = float(a.abs().max()), float((gap**2).sum()), float((a**2).sum())
+    largest = float(gap.max())
+    relative = largest / peak if peak else math.inf
+    snr = 10 * math.log10(signal / noise) if signal and noise else -math.inf
+    return Difference(largest, relative, math.nan if math.isnan(noise) else snr)
+
+
+def outputs_difference(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Difference:
+    """The worst over the outputs of a call."""
+    worst = EQUAL
+    for name, value in reference.items():
+        worst = worst.worst(tensor_difference(value, other[name]))
+    return worst
+
+
+def program_difference(reference: Program, other: Program, *, trials: int = 2, seed: int = 0) -> Difference:
+    """Run the entries that both Programs have on ``trials`` random inputs each and compare.
+
+    Executes both models: first one, then the other, so that one set of weights is in memory at a time.
+
+    Raises:
+        MissingValuesError: a Program was captured structure-only.
+    """
+    worst = EQUAL
+    for name in reference.entries:
+        if name not in other.entries:
+            continue
+        specs = reference.entries[name].inputs
+        examples = [random_inputs(specs, reference.ranges, seed + trial) for trial in range(trials)]
+        expected = [program_runner(reference, name)(example) for example in examples]
+        found = [program_runner(other, name)(example) for example in examples]
+        for a, b in zip(expected, found, strict=True):
+            worst = worst.worst(outputs_difference(a, b))
+    return worst
+
+
+def program_runner(program: Program, entry: str) -> Runner:
+    """An entry executed by PyTorch on the CPU, weights read into memory once."""
+    graph = program.entries[entry]
+    module = graph.module(program.weights)
+    specs, names = graph.inputs, graph.signature.outputs
+
+    def run(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            results = module(*(tensors[spec.name].to(spec.dtype) for spec in specs))
+        return dict(zip(names, results, strict=True))
+
+    return run
+
+
+def random_inputs(specs: tuple[TensorSpec, ...], ranges: Mapping[str, InputRange], seed: int) -> dict[str, Tensor]:
+    """Seeded inputs within the captured ranges: floats normal (or uniform), integers uniform in [low, high)."""
+    generator = torch.Generator().manual_seed(seed)
+    return {spec.name: _random_tensor(spec, ranges.get(spec.name), generator) for spec in specs}
+
+
+def _random_tensor(spec: TensorSpec, span: InputRange | None, generator: torch.Generator) -> Tensor:
+    if spec.dtype == torch.bool:
+        return torch.ones(spec.shape, dtype=torch.bool)
+    span = span or InputRange(0.0, 2.0 if not spec.dtype.is_floating_point else 1.0)
+    if not spec.dtype.is_floating_point:
+        return torch.randint(int(span.low), max(int(span.high), int(span.low) + 1), spec.shape, generator=generator).to(
+            spec.dtype
+        )
+    if span.distribution == "uniform":
+        return (torch.rand(spec.shape, generator=generator) * (span.high - span.low) + span.low).to(spec.dtype)
+    return torch.randn(spec.shape, generator=generator).to(spec.dtype)

@@ -1,0 +1,51 @@
+"""Typed options: the fields of passes and targets, which are recipe keys and ``--set`` names too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from optpass.errors import UserError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Options(BaseModel):
+    """A frozen record whose fields are its options; unknown ones are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], *, owner: str) -> Self:
+        """Build from recipe options; ``owner`` names the pass or target in messages.
+
+        Raises:
+            UserError: an option is unknown (the nearest known one is named) or has a bad value.
+        """
+        for key in options:
+            if key not in cls.model_fields:
+                raise UserError(f"{owner}: unknown option {key!r}{nearest(str(key), cls.model_fields) or '; it has none'}")
+        return validated(cls, options, owner)
+
+    def as_options(self) -> dict[str, Any]:
+        """All options with their resolved values, as JSON."""
+        return self.model_dump(mode="json")
+
+
+def validated(model: type[Model], data: Mapping[str, Any], owner: str) -> Model:
+    """``model`` from ``data``, with pydantic's complaints as one readable :class:`UserError`."""
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        raise UserError(f"{owner}: {'; '.join(_complaint(model, e) for e in error.errors())}") from None
+
+
+def _complaint(model: type[BaseModel], error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {place!r}{nearest(str(error['loc'][-1]), model.model_fields)}"
+    if error["type"] == "missing":
+        return f"{place!r} is required"
+    return f"{place!r}: {error['msg']}" if place else str(error["msg"])

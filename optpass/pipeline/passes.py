@@ -1,0 +1,96 @@
+"""The base class of every pass, and what a pass reports about itself."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import fx
+
+from optpass.ir.graph import path_of
+from optpass.ir.program import Program
+from optpass.pipeline.contract import Contract
+from optpass.pipeline.options import Options
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A place that looked like the pass's pattern and was left alone, with the reason."""
+
+    entry: str
+    path: str
+    node: str
+    reason: str
+
+    def as_json(self) -> dict[str, str]:
+        return {"entry": self.entry, "path": self.path, "node": self.node, "reason": self.reason}
+
+
+@dataclass
+class Context:
+    """Where a running pass writes what it did. Sites and declined places end up in the report."""
+
+    sites: list[str] = field(default_factory=list)
+    declined: list[Declined] = field(default_factory=list)
+
+    def rewrote(self, where: fx.Node | str, entry: str = "full") -> None:
+        """One more site was changed."""
+        self.sites.append(path_of(where) if isinstance(where, fx.Node) else where)
+
+    def decline(self, where: fx.Node | str, reason: str, entry: str = "full") -> None:
+        """``where`` was considered and left alone."""
+        path, node = (path_of(where), where.name) if isinstance(where, fx.Node) else (where, "")
+        self.declined.append(Declined(entry, path, node, reason))
+
+
+class Pass(Options):
+    """Program → Program. Subclass, declare options as fields and a ``contract``, implement :meth:`run`.
+
+    The class docstring is the pass's documentation: its first line is shown by ``optpass passes``.
+    """
+
+    contract: ClassVar[Contract]
+    executes: ClassVar[bool] = False
+    """True for a pass that reads weight values while it runs (calibration, training)."""
+    heals: ClassVar[bool] = False
+    """True for a pass that trains what ``retrain`` passes before it left undefined."""
+
+    def requires(self, program: Program) -> list[str]:
+        """Why this pass cannot run on ``program``; empty when it can. Runs before the pass."""
+        return []
+
+    @abstractmethod
+    def run(self, program: Program, context: Context) -> Program:
+        """Rewrite ``program``, whose graphs are this pass's own copies to edit, and return the result.
+
+        Report every changed site with ``context.rewrote`` and every refusal with ``context.decline``.
+        """
+
+    def ensures(self, program: Program) -> list[str]:
+        """What is wrong with the result; empty when nothing is. Runs after the pass, on its result."""
+        return []
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the documentation."""
+        return (inspect.getdoc(cls) or "").split("\n", 1)[0]
+
+    @classmethod
+    def documentation(cls) -> dict[str, Any]:
+        """Name-independent facts for ``optpass passes NAME``."""
+        return {
+            "summary": cls.summary(),
+            "documentation": inspect.getdoc(cls) or "",
+            "contract": str(cls.contract),
+            "options": {
+                name: {
+                    "type": getattr(info.annotation, "__name__", str(info.annotation)),
+                    "default": None if info.is_required() else info.get_default(call_default_factory=True),
+                    "required": info.is_required(),
+                    "description": info.description or "",
+                }
+                for name, info in cls.model_fields.items()
+            },
+        }

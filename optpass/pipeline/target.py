@@ -1,0 +1,104 @@
+"""The base class of every target: what it takes, how it lowers, how its engines are loaded again."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from optpass.errors import UserError
+from optpass.ir.graph import TensorSpec
+from optpass.ir.program import Program
+from optpass.pipeline.options import Options
+
+Runner = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""A loaded engine: tensors by input name → tensors by output name."""
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Something in a Program that a target cannot take."""
+
+    path: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What a target is given beside the Program: where to write, how to tell of progress."""
+
+    folder: Path
+    allow_nonfinite: bool = False
+    progress: Callable[[str, float], None] = lambda stage, fraction: None
+
+
+@dataclass(frozen=True)
+class LoweredEntry:
+    """One engine: its files relative to the bundle, ``main`` first, and facts for the report."""
+
+    main: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Target(Options):
+    """Program → engines. Subclass, declare options as fields, implement the three methods."""
+
+    extra: ClassVar[str] = ""
+    """The extra of optpass that installs what this target needs."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Modules that must be importable."""
+    runs_here: ClassVar[bool] = True
+    """Whether :meth:`load` can execute what :meth:`lower` wrote on this machine."""
+    structure_only: ClassVar[bool] = False
+    """Whether a Program without weight values can be lowered."""
+
+    @classmethod
+    def missing_packages(cls) -> list[str]:
+        return [name for name in cls.packages if importlib.util.find_spec(name) is None]
+
+    @classmethod
+    def check_installed(cls, name: str) -> None:
+        """
+        Raises:
+            UserError: a package is missing; the message names the extra that installs it.
+        """
+        if missing := cls.missing_packages():
+            raise UserError(
+                f"target {name!r} needs {', '.join(missing)}, not installed here; "
+                f"install it with: pip install 'optpass[{cls.extra}]'"
+            )
+
+    def supports(self, program: Program) -> list[Unsupported]:
+        """What of ``program`` this target cannot take; empty when it can all. Cheap, reads no weight."""
+        return []
+
+    @abstractmethod
+    def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
+        """Write one engine per entry under ``lowering.folder``, weights streamed."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, entry: Mapping[str, Any], options: Mapping[str, Any]) -> Runner:
+        """The engine of one manifest entry, ready to run; files were verified by the caller."""
+
+    @classmethod
+    def of(cls, name: str, options: Mapping[str, Any]) -> Self:
+        """This target with ``options``, checked.
+
+        Raises:
+            UserError: an option is unknown or bad.
+        """
+        return cls.from_options(options, owner=f"target {name}")
+
+    @classmethod
+    def summary(cls) -> str:
+        return (inspect.getdoc(cls) or "").split("\n", 1)[0]

@@ -1,0 +1,1 @@
+"""The passes that optpass ships: one file, one pass."""

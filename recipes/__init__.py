@@ -1,0 +1,1 @@
+"""The recipes that optpass ships, as YAML files."""

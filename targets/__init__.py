@@ -1,0 +1,1 @@
+"""The targets that optpass ships: one file, one target."""

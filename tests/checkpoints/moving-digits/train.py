@@ -1,0 +1,437 @@
+"""Trains the `moving-digits` checkpoint: a class-conditioned latent video diffusion model, on CPU.
+
+Stages, in order; each reads what the earlier ones left under `--work`:
+
+    python train.py autoencoder  AutoencoderTiny, one channel, 32×32 → 4×16×16                (about 2 min on 2 cores)
+    python train.py classifier   the evaluator: a small ResNet that never sees the held-out digits       (about 3 min)
+    python train.py diffusion    UNetSpatioTemporalConditionModel and its class encoder, jointly       (60 to 90 min)
+    python train.py export       the folder beside this file, in the layout of a diffusers pipeline, float16
+    python train.py evaluate     500 generated clips against real ones → evaluation.json
+    python train.py all          the five above
+
+`--resume` continues an interrupted `diffusion` stage: what a step draws depends on the seed and the step's number
+alone, and the saved state holds weights, averages and optimizer, so the result is the uninterrupted one, bit for bit.
+
+Data: the 1,797 scanned digits of scikit-learn (the test part of Alpaydın and Kaynak's *Optical Recognition of Handwritten
+Digits*, UCI, 1998), in their original order; the last fifth, which other people wrote, is held out.
+
+Sources: DDIM, Song et al. 2020; v-prediction, Salimans & Ho 2022; squared-cosine schedule, Nichol & Dhariwal 2021;
+timesteps spread evenly over each batch, Kingma et al. 2021; classifier-free guidance, Ho & Salimans 2022.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, UNetSpatioTemporalConditionModel
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, ResNetConfig, ResNetForImageClassification
+
+HERE = Path(__file__).resolve().parent
+SIZE, FRAMES = 32, 8
+DIGIT_SIZE = 15.0  # pixels; the scans are 8×8
+SPEEDS = (0.5, 3.0)  # pixels per frame
+MOTION_BUCKETS_PER_SPEED = 80.0
+FPS = 7.0
+NULL_CLASS = 10
+LATENT_STD = 0.5  # a clip's frames are redundant: smaller latents leave more steps to decide the shape (Chen 2023)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    seed: int = 0
+    steps: int = 2600
+    batch: int = 16
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-5
+    warmup: int = 100
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    class_dropout: float = 0.1
+    save_every_seconds: float = 60.0
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Clips:
+    frames: Tensor  # [N, F, 1, 32, 32] in [0, 1]
+    labels: Tensor  # [N], 0 to 9
+    motion_bucket_id: Tensor  # [N], speed × 80
+
+
+def digits(part: str) -> tuple[Tensor, Tensor]:
+    """Scans [N, 8, 8] in [0, 1] and labels [N] of `part`: "train" or "held-out"."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32) / 16
+    labels = torch.tensor(data.target)
+    cut = len(images) * 4 // 5
+    chosen = slice(None, cut) if part == "train" else slice(cut, None)
+    return images[chosen], labels[chosen]
+
+
+def render(scans: Tensor, corners: Tensor) -> Tensor:
+    """Draws scans [N, 8, 8] with their top left corners at `corners` [N, F, 2] (x, y, pixels): [N, F, 1, 32, 32].
+
+    Bicubic from the 8×8 scan straight to each frame's pixel centres, so that motion below a pixel keeps its shape.
+    """
+    count, frames, _ = corners.shape
+    centres = torch.arange(SIZE, dtype=torch.float32) + 0.5
+    where = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), dim=-1)
+    grid = (where - corners.reshape(-1, 1, 1, 2)) / DIGIT_SIZE * 2 - 1
+    sprites = scans.repeat_interleave(frames, dim=0).unsqueeze(1)
+    drawn = F.grid_sample(sprites, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+    return drawn.clamp(0, 1).reshape(count, frames, 1, SIZE, SIZE)
+
+
+def moving_digits(scans: Tensor, labels: Tensor, count: int, generator: torch.Generator, frames: int = FRAMES) -> Clips:
+    """`count` clips of one scan each, at constant speed, reflected by the frame's edges."""
+    chosen = torch.randint(len(scans), (count,), generator=generator)
+    room = SIZE - DIGIT_SIZE
+    start = torch.rand(count, 1, 2, generator=generator) * room
+    speed = SPEEDS[0] + torch.rand(count, generator=generator) * (SPEEDS[1] - SPEEDS[0])
+    angle = torch.rand(count, generator=generator) * 2 * math.pi
+    velocity = speed[:, None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
+    path = start + velocity[:, None, :] * torch.arange(frames)[None, :, None]
+    corners = room - (path.remainder(2 * room) - room).abs()
+    return Clips(render(scans[chosen], corners), labels[chosen], (speed * MOTION_BUCKETS_PER_SPEED).round())
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+# ---------------------------------------------------------------------------------------------- what every stage shares
+
+
+def learning_rate(step: int, steps: int, peak: float, final: float, warmup: int) -> float:
+    """Linear warm-up, then half a cosine from `peak` to `final`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def write_atomically(path: Path, state: dict[str, object]) -> None:
+    temporary = path.with_suffix(".partial")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+class Progress:
+    """One line with the running loss and the time left, every `every` steps."""
+
+    def __init__(self, stage: str, first: int, steps: int, every: int = 50) -> None:
+        self.stage, self.first, self.steps, self.every = stage, first, steps, every
+        self.start, self.losses = time.monotonic(), list[float]()
+
+    def report(self, step: int, loss: float) -> None:
+        self.losses.append(loss)
+        done = step + 1
+        if done % self.every and done != self.steps:
+            return
+        seconds = (time.monotonic() - self.start) / (done - self.first)
+        minutes = seconds * (self.steps - done) / 60
+        mean = sum(self.losses) / len(self.losses)
+        print(f"{self.stage} {done}/{self.steps}  loss {mean:.5f}  {seconds:.3f} s/step  {minutes:.1f} min left", flush=True)
+        self.losses.clear()
+
+
+# --------------------------------------------------------------------------------------------------------- autoencoder
+
+
+def new_autoencoder() -> AutoencoderTiny:
+    return AutoencoderTiny(
+        in_channels=1,
+        out_channels=1,
+        encoder_block_out_channels=(16, 16),
+        decoder_block_out_channels=(24, 24),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    )
+
+
+def train_autoencoder(work: Path, seed: int = 0, steps: int = 1500, batch: int = 64) -> None:
+    """Reconstruction, with the latents drawn to the frame's own 2×2 pixel blocks, and a little noise on them.
+
+    Latents that are close to space-to-depth keep the diffusion as easy as in pixels; the noise makes the decoder
+    forgive a sampler's small errors.
+    """
+    torch.manual_seed(seed)
+    scans, labels = digits("train")
+    vae = new_autoencoder()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
+    progress = Progress("autoencoder", 0, steps, every=100)
+    for step in range(steps):
+        set_learning_rate(optimizer, learning_rate(step, steps, 2e-3, 1e-6, 50))
+        generator = step_generator(seed, step)
+        images = moving_digits(scans, labels, batch, generator, frames=1).frames[:, 0] * 2 - 1
+        latents = vae.encode(images).latents
+        noise = torch.randn(latents.shape, generator=generator) * 0.03
+        decoded = vae.decode(latents + noise).sample
+        loss = F.mse_loss(decoded, images) + 0.1 * F.mse_loss(latents, F.pixel_unshuffle(images, 2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress.report(step, loss.item())
+    normalise_latents(vae, seed)
+    vae.save_pretrained(work / "vae")
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderTiny, seed: int) -> None:
+    """Sets `shift_factor` and `scaling_factor` so that (z − shift)·scale has mean 0 and standard deviation 0.5."""
+    clips = moving_digits(*digits("train"), 256, step_generator(seed, 10**6))
+    latents = vae.encode(clips.frames.flatten(0, 1) * 2 - 1).latents
+    shift, scale = latents.mean().item(), LATENT_STD / latents.std().item()
+    vae.register_to_config(shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderTiny, frames: Tensor) -> Tensor:
+    """Frames [N, F, 1, 32, 32] in [0, 1] → normalised latents [N, F, 4, 16, 16]."""
+    latents = vae.encode(frames.flatten(0, 1) * 2 - 1).latents
+    return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).unflatten(0, frames.shape[:2])
+
+
+# ---------------------------------------------------------------------------------------------------------- classifier
+
+
+def new_classifier() -> ResNetForImageClassification:
+    return ResNetForImageClassification(
+        ResNetConfig(
+            num_channels=1,
+            embedding_size=32,
+            hidden_sizes=[48, 96],
+            depths=[2, 2],
+            layer_type="basic",
+            id2label={i: str(i) for i in range(10)},
+            label2id={str(i): i for i in range(10)},
+        )
+    )
+
+
+def train_classifier(work: Path, seed: int = 1, steps: int = 2500, batch: int = 64) -> None:
+    """Cross-entropy over single frames in [−1, 1], with noise, a change of contrast and a little blur of the shape."""
+    torch.manual_seed(seed)
+    scans, labels = digits("train")
+    model = new_classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    progress = Progress("classifier", 0, steps, every=100)
+    for step in range(steps):
+        set_learning_rate(optimizer, learning_rate(step, steps, 2e-3, 1e-6, 50))
+        generator = step_generator(seed, step)
+        clips = moving_digits(scans, labels, batch, generator, frames=1)
+        frames = augment(clips.frames[:, 0], generator)
+        loss = F.cross_entropy(model(pixel_values=frames * 2 - 1).logits, clips.labels, label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress.report(step, loss.item())
+    model.eval()
+    model.save_pretrained(work / "evaluator")
+    print(f"classifier: {classifier_accuracy(model, seed):.4f} of frames of held-out digits read right", flush=True)
+
+
+def augment(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """A small affine warp, contrast and noise, each drawn per frame [N, 1, 32, 32]."""
+    count = len(frames)
+    warp = torch.eye(2) + torch.randn(count, 2, 2, generator=generator) * 0.08
+    theta = torch.cat([warp, torch.zeros(count, 2, 1)], dim=2)
+    grid = F.affine_grid(theta, list(frames.shape), align_corners=False)
+    warped = F.grid_sample(frames, grid, align_corners=False)
+    contrast = 0.8 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator)
+    noise = torch.randn(frames.shape, generator=generator) * 0.1 * torch.rand(count, 1, 1, 1, generator=generator)
+    return (warped * contrast + noise).clamp(0, 1)
+
+
+@torch.no_grad()
+def classifier_accuracy(model: nn.Module, seed: int, count: int = 4000) -> float:
+    """Share of `count` single frames of held-out digits, at random places, that the classifier reads right."""
+    clips = moving_digits(*digits("held-out"), count, step_generator(seed, 10**6), frames=1)
+    logits = model(pixel_values=clips.frames[:, 0] * 2 - 1).logits
+    return (logits.argmax(-1) == clips.labels).float().mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------- diffusion
+
+
+def new_unet(channels: tuple[int, ...] = (32, 64, 96), heads: tuple[int, ...] = (2, 4, 6)) -> UNetSpatioTemporalConditionModel:
+    attending = len(channels) - 1  # the finest level has residual blocks alone: two thirds of the time otherwise
+    return UNetSpatioTemporalConditionModel(
+        sample_size=SIZE // 2,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlockSpatioTemporal", *["CrossAttnDownBlockSpatioTemporal"] * attending),
+        up_block_types=(*["CrossAttnUpBlockSpatioTemporal"] * attending, "UpBlockSpatioTemporal"),
+        block_out_channels=channels,
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=96,
+        layers_per_block=1,
+        cross_attention_dim=64,
+        num_attention_heads=heads,
+        num_frames=FRAMES,
+    )
+
+
+def new_class_encoder() -> CLIPTextModel:
+    """Ten digits and the null class, one token each, through one transformer layer: [B, 1] → [B, 1, 64]."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=NULL_CLASS + 1,
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=1,
+            bos_token_id=None,
+            eos_token_id=NULL_CLASS,
+            pad_token_id=None,
+        )
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Squared cosine: its last step is noise to within 1e-4, so trailing steps start from what training ended with."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+class Denoiser(nn.Module):
+    """UNet and class encoder as one module, so that one optimizer and one average cover both."""
+
+    def __init__(self, unet: nn.Module, class_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.class_encoder = unet, class_encoder
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, labels: Tensor, added_time_ids: Tensor) -> Tensor:
+        context = self.class_encoder(input_ids=labels[:, None]).last_hidden_state
+        velocity: Tensor = self.unet(noisy, timesteps, context, added_time_ids, return_dict=False)[0]
+        return velocity
+
+
+@dataclass(frozen=True)
+class Batch:
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    labels: Tensor
+    added_time_ids: Tensor
+
+
+def draw_batch(vae: AutoencoderTiny, data: tuple[Tensor, Tensor], parameters: Hyperparameters, step: int) -> Batch:
+    """Everything random in a training step, from the seed and the step's number alone."""
+    generator = step_generator(parameters.seed + 2, step)
+    count = parameters.batch
+    clips = moving_digits(*data, count, generator)
+    latents = encode(vae, clips.frames)
+    evenly = (torch.arange(count) + torch.rand(1, generator=generator)) / count
+    dropped = torch.rand(count, generator=generator) < parameters.class_dropout
+    ids = torch.stack([torch.full((count,), FPS), clips.motion_bucket_id, torch.zeros(count)], dim=1)
+    return Batch(
+        latents=latents,
+        noise=torch.randn(latents.shape, generator=generator),
+        timesteps=(evenly * 1000).long(),
+        labels=torch.where(dropped, NULL_CLASS, clips.labels),
+        added_time_ids=ids,
+    )
+
+
+def diffusion_loss(model: nn.Module, scheduler: DDIMScheduler, batch: Batch) -> Tensor:
+    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    return F.mse_loss(model(noisy, batch.timesteps, batch.labels, batch.added_time_ids), target)
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], model: nn.Module, step: int, decay: float) -> None:
+    """Exponential moving average whose memory grows with the run: short at first, 1/(1 − decay) steps at last."""
+    keep = min(decay, (1 + step) / (10 + step))
+    for name, value in model.named_parameters():
+        average[name].lerp_(value, 1 - keep)
+
+
+def train_diffusion(
+    work: Path,
+    parameters: Hyperparameters,
+    resume: bool = False,
+    compiled: bool = False,
+    model: Denoiser | None = None,
+    stop_after: int | None = None,
+) -> None:
+    """Trains to `work/diffusion.pt`: weights, their average, optimizer, step. `stop_after` ends early, resumably."""
+    torch.manual_seed(parameters.seed)
+    vae = AutoencoderTiny.from_pretrained(work / "vae").eval()
+    data, scheduler = digits("train"), new_scheduler()
+    model = model or Denoiser(new_unet(), new_class_encoder())
+    average = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=parameters.weight_decay, betas=(0.9, 0.99))
+    state_file, first = work / "diffusion.pt", 0
+    if resume:
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, first = state["average"], state["step"]
+    forward = torch.compile(model) if compiled else model
+    progress, saved = Progress("diffusion", first, parameters.steps), time.monotonic()
+    last = min(parameters.steps, stop_after or parameters.steps)
+    for step in range(first, last):
+        rate = learning_rate(
+            step, parameters.steps, parameters.learning_rate, parameters.final_learning_rate, parameters.warmup
+        )
+        set_learning_rate(optimizer, rate)
+        loss = diffusion_loss(forward, scheduler, draw_batch(vae, data, parameters, step))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        update_average(average, model, step, parameters.ema_decay)
+        progress.report(step, loss.item())
+        if step + 1 == last or time.monotonic() - saved > parameters.save_every_seconds:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1}
+            write_atomically(state_file, state)
+            saved = time.monotonic()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("stage", choices=["autoencoder", "classifier", "diffusion"])
+    parser.add_argument("--work", type=Path, default=Path("moving-digits-training"))
+    parser.add_argument("--steps", type=int, default=Hyperparameters.steps)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.stage == "autoencoder":
+        train_autoencoder(options.work)
+    if options.stage == "classifier":
+        train_classifier(options.work)
+    if options.stage == "diffusion":
+        train_diffusion(options.work, Hyperparameters(steps=options.steps), options.resume, compiled=options.compile)
+
+
+if __name__ == "__main__":
+    main()
