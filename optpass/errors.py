@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class OptpassError(Exception):
     """Base of every error that optpass raises on purpose.
 
     ``exit_code`` is what the command line returns: 1 our own fault, 2 the user's mistake, 3 a gate.
+    ``reproducer`` is the folder that repeats the failure, where one was written.
     """
 
     exit_code = 1
+    reproducer: Path | None = None
 
 
 class UserError(OptpassError):

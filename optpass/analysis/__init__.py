@@ -1,0 +1,1 @@
+"""Facts that passes ask for, derived from a Program."""

@@ -1,0 +1,1 @@
+"""Checkpoint → Program, one file per kind of source."""

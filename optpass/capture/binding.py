@@ -57,7 +57,7 @@ def _lookup(
     for candidate in (name, *aliases.get(name, ())):
         if checkpoint is not None and candidate in checkpoint:
             return checkpoint[candidate]
-    return Constant(constants[name]) if name in constants else None
+    return Constant(constants[name], computed=True) if name in constants else None
 
 
 def _refuse(missing: list[str], misshapen: list[str], checkpoint: Mapping[str, Expression]) -> None:

@@ -1,0 +1,1 @@
+"""Numeric difference, quality metrics, latency."""

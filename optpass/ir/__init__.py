@@ -1,0 +1,1 @@
+"""What is being optimised: program, graph, weights, loop."""

@@ -40,16 +40,23 @@ IDENTITIES = frozenset(
 """Operators that return their first operand unchanged, values being all that the dialect knows."""
 
 ALIASES = frozenset(
-    {aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int, aten.view_as.default,
-     aten.reshape_as.default}
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.view_as.default,
+        aten.reshape_as.default,
+    }
 )
 """Operators that the dialect spells ``reshape``."""
 
 EXPANSIONS = frozenset({aten.broadcast_to.default, aten.expand_as.default})
 """Operators that the dialect spells ``expand``."""
 
-CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
-                   aten._to_copy.default})
+CASTS = frozenset(
+    {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten._to_copy.default}
+)
 """Operators that the dialect spells ``to.dtype``, and drops where the dtype does not change."""
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph as FxGraph
+from torch.fx import GraphModule, Node, map_arg
 
 from optpass.errors import UserError
 from optpass.ir.signature import Signature
@@ -43,19 +45,19 @@ class Graph:
     returns a flat tuple in the order of ``signature.outputs``.
     """
 
-    fx: fx.Graph
+    fx: FxGraph
     signature: Signature
 
     @property
-    def placeholders(self) -> list[fx.Node]:
+    def placeholders(self) -> list[Node]:
         return [node for node in self.fx.nodes if node.op == "placeholder"]
 
     @property
-    def output_node(self) -> fx.Node:
+    def output_node(self) -> Node:
         return next(iter(reversed(self.fx.nodes)))
 
     @property
-    def calls(self) -> list[fx.Node]:
+    def calls(self) -> list[Node]:
         """The operator nodes, in execution order."""
         return [node for node in self.fx.nodes if node.op == "call_function"]
 
@@ -82,14 +84,14 @@ class Graph:
 
     def copy(self) -> Graph:
         """An independent copy; the fake values, which nobody changes, are shared."""
-        duplicate = fx.Graph()
-        mapping: dict[fx.Node, fx.Node] = {}
+        duplicate = FxGraph()
+        mapping: dict[Node, Node] = {}
         result = duplicate.graph_copy(self.fx, mapping)
         output = duplicate.output(result)
         output.meta = dict(self.output_node.meta)
         return Graph(duplicate, self.signature)
 
-    def call(self, operator: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+    def call(self, operator: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
         """Insert ``operator(*args)`` at the current insertion point, with its shape inferred.
 
         ``like`` is the node whose module the new one belongs to.
@@ -99,7 +101,7 @@ class Graph:
         node.meta["val"] = self.infer(node)
         return node
 
-    def weight(self, name: str, expression: Expression, *, like: fx.Node) -> fx.Node:
+    def weight(self, name: str, expression: Expression, *, like: Node) -> Node:
         """Insert a read of weight ``name``; the caller puts ``expression`` under it into the store."""
         node = self.fx.get_attr(name)
         _inherit_provenance(node, like)
@@ -107,18 +109,18 @@ class Graph:
             node.meta["val"] = torch.empty(expression.shape, dtype=expression.dtype)
         return node
 
-    def infer(self, node: fx.Node) -> Any:
+    def infer(self, node: Node) -> Any:
         """The fake result of a call node from the fake values of its operands.
 
         Raises:
             RuntimeError: the operator refuses the operands' shapes or dtypes.
         """
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+        args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
         with self.mode, torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
-    def before(self, node: fx.Node) -> Iterator[None]:
+    def before(self, node: Node) -> Iterator[None]:
         """Insert what is created inside in front of ``node``."""
         with self.fx.inserting_before(node):
             yield
@@ -128,14 +130,14 @@ class Graph:
         # FX's own test keeps scaled_dot_product_attention and other "random" operators alive.
         return self.fx.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
 
-    def propagate(self, nodes: Iterable[fx.Node] | None = None) -> None:
+    def propagate(self, nodes: Iterable[Node] | None = None) -> None:
         """Recompute ``val`` of ``nodes`` (all calls by default), in order."""
         for node in self.calls if nodes is None else nodes:
             node.meta["val"] = self.infer(node)
 
     def module(
         self, weights: WeightStore, *, dtype: torch.dtype | None = None, values: Mapping[str, Tensor] | None = None
-    ) -> fx.GraphModule:
+    ) -> GraphModule:
         """The graph as a module that takes and returns flat tensors, with its weights read into memory.
 
         This executes the model: it asks for every weight. ``values`` overrides weights by name;
@@ -147,19 +149,19 @@ class Graph:
             root[name] = value.to(dtype) if dtype and value.is_floating_point() else value
         return graph_module(root, self.fx)
 
-    def structure(self) -> fx.GraphModule:
+    def structure(self) -> GraphModule:
         """The graph as a module with fake weights: to export, never to run."""
         root = {str(n.target): n.meta["val"] for n in self.fx.nodes if n.op == "get_attr"}
         return graph_module(root, self.fx)
 
 
-def graph_module(root: dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+def graph_module(root: dict[str, Any], graph: FxGraph) -> GraphModule:
     """A GraphModule whose attributes are ``root``'s tensors, integer and bool ones as buffers."""
     for name, value in root.items():
         trainable = value.is_floating_point() or value.is_complex()
         root[name] = torch.nn.Parameter(value, requires_grad=False) if trainable else value
     holder = _Holder(root)
-    return fx.GraphModule(holder, graph)
+    return GraphModule(holder, graph)
 
 
 class _Holder(torch.nn.Module):
@@ -180,18 +182,18 @@ class _Holder(torch.nn.Module):
                 owner.register_buffer(leaf, value)
 
 
-def _inherit_provenance(node: fx.Node, like: fx.Node) -> None:
+def _inherit_provenance(node: Node, like: Node) -> None:
     node.meta[PATH] = like.meta.get(PATH, "")
     if "nn_module_stack" in like.meta:
         node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
 
 
-def path_of(node: fx.Node) -> str:
+def path_of(node: Node) -> str:
     """The module path a node came from; ``(root)`` for the outermost module."""
     return str(node.meta.get(PATH) or "(root)")
 
 
-def value_of(node: fx.Node) -> Tensor:
+def value_of(node: Node) -> Tensor:
     """The fake tensor of a single-result node: shape, dtype, no data."""
     value = node.meta["val"]
     if not isinstance(value, Tensor):
@@ -199,11 +201,12 @@ def value_of(node: fx.Node) -> Tensor:
     return value
 
 
-def shape_of(node: fx.Node) -> Shape:
+def shape_of(node: Node) -> Shape:
+    """The shape of a single-result node."""
     return tuple(value_of(node).shape)
 
 
-def _spec(name: str, node: fx.Node) -> TensorSpec:
+def _spec(name: str, node: Node) -> TensorSpec:
     value = value_of(node)
     if not all(isinstance(size, int) for size in value.shape):
         raise UserError(f"{name}: symbolic sizes {list(value.shape)} are not supported; give fixed --inputs")

@@ -21,6 +21,7 @@ def file_digest(path: Path) -> str:
 
 
 def text_digest(text: str) -> str:
+    """Hex SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

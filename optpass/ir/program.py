@@ -44,7 +44,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class InputRange:
-    """What random values of an input may be: floats ``normal`` or ``uniform`` in [low, high), integers in [low, high)."""
+    """What random values of an input may be: integers in [low, high), floats ``uniform`` there, or ``normal``."""
 
     low: float = 0.0
     high: float = 1.0

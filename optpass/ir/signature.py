@@ -131,7 +131,7 @@ def tree_of_spec(spec: TreeSpec, path: str = "") -> Tree:
         return Tree("constant")
     keys: Sequence[Any] = spec.context if isinstance(spec.context, list) else range(spec.num_children)
     if spec.type not in (tuple, list, dict):
-        keys = [key for key in _field_names(spec)]
+        keys = list(_field_names(spec))
     children = {}
     for key, child in zip(keys, spec.children(), strict=True):
         named = isinstance(key, str)
@@ -205,9 +205,7 @@ class Signature:
 
     @staticmethod
     def from_json(json: Mapping[str, Any]) -> Signature:
-        return Signature(
-            tuple(json["parameters"]), Tree.from_json(json["arguments"]), Tree.from_json(json["output"])
-        )
+        return Signature(tuple(json["parameters"]), Tree.from_json(json["arguments"]), Tree.from_json(json["output"]))
 
 
 def _neutral(value: Any) -> bool:

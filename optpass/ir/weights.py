@@ -84,9 +84,13 @@ class Absent(Expression):
 
 @dataclass(frozen=True, eq=False)
 class Constant(Expression):
-    """A tensor held in memory: a baked buffer or a small value that a pass computed."""
+    """A tensor held in memory: a baked buffer or a small value that a pass computed.
+
+    ``computed`` marks what the model's code made (frequencies, position tables, literals): data, not a parameter.
+    """
 
     value: Tensor
+    computed: bool = False
     shape: Shape = field(init=False)
     dtype: torch.dtype = field(init=False)
 

@@ -1,0 +1,1 @@
+"""Recipe, pass and target base classes, the manager, gates and reproducers."""

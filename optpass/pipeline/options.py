@@ -26,7 +26,9 @@ class Options(BaseModel):
         """
         for key in options:
             if key not in cls.model_fields:
-                raise UserError(f"{owner}: unknown option {key!r}{nearest(str(key), cls.model_fields) or '; it has none'}")
+                raise UserError(
+                    f"{owner}: unknown option {key!r}{nearest(str(key), cls.model_fields) or '; it has none'}"
+                )
         return validated(cls, options, owner)
 
     def as_options(self) -> dict[str, Any]:

@@ -22,10 +22,12 @@ Kind = TypeVar("Kind", Pass, Target)
 
 
 def pass_names() -> list[str]:
+    """Every installed pass, sorted."""
     return sorted(_points(PASSES))
 
 
 def target_names() -> list[str]:
+    """Every installed target, sorted."""
     return sorted(_points(TARGETS))
 
 
@@ -35,7 +37,7 @@ def pass_class(name: str) -> type[Pass]:
     Raises:
         UserError: no pass has this name; the nearest one is named.
     """
-    return _load(PASSES, name, "pass", Pass)
+    return _load(PASSES, name, "pass", Pass)  # type: ignore[type-abstract]
 
 
 def target_class(name: str) -> type[Target]:
@@ -44,7 +46,7 @@ def target_class(name: str) -> type[Target]:
     Raises:
         UserError: no target has this name.
     """
-    return _load(TARGETS, name, "target", Target)
+    return _load(TARGETS, name, "target", Target)  # type: ignore[type-abstract]
 
 
 def recipe_files() -> dict[str, Path]:

@@ -1,0 +1,1 @@
+"""Pattern → replacement over the dialect."""

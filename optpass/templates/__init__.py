@@ -1,0 +1,1 @@
+"""Templates that ``optpass new-pass`` fills in."""

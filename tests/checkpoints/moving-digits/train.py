@@ -12,8 +12,8 @@ Stages, in order; each reads what the earlier ones left under `--work`:
 `--resume` continues an interrupted `diffusion` stage: what a step draws depends on the seed and the step's number
 alone, and the saved state holds weights, averages and optimizer, so the result is the uninterrupted one, bit for bit.
 
-Data: the 1,797 scanned digits of scikit-learn (the test part of Alpaydın and Kaynak's *Optical Recognition of Handwritten
-Digits*, UCI, 1998), in their original order; the last fifth, which other people wrote, is held out.
+Data: the 1,797 scanned digits of scikit-learn (the test part of Alpaydın and Kaynak's *Optical Recognition of
+Handwritten Digits*, UCI, 1998), in their original order, of which the last fifth is held out.
 
 Sources: DDIM, Song et al. 2020; v-prediction, Salimans & Ho 2022; squared-cosine schedule, Nichol & Dhariwal 2021;
 timesteps spread evenly over each batch, Kingma et al. 2021; classifier-free guidance, Ho & Salimans 2022.
@@ -25,17 +25,33 @@ import argparse
 import json
 import math
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNetSpatioTemporalConditionModel
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, ResNetConfig, ResNetForImageClassification
+
+from optpass.evaluate.quality import (
+    Evaluator,
+    Quality,
+    centroids,
+    classify,
+    feature_statistics,
+    load_classifier,
+    psnr,
+    temporal_consistency,
+)
+from optpass.runtime.class_to_video import ClassToVideoPipeline
 
 HERE = Path(__file__).resolve().parent
 SIZE, FRAMES = 32, 8
@@ -44,13 +60,14 @@ SPEEDS = (0.5, 3.0)  # pixels per frame
 MOTION_BUCKETS_PER_SPEED = 80.0
 FPS = 7.0
 NULL_CLASS = 10
+REFERENCE_SEED = 3
 LATENT_STD = 0.5  # a clip's frames are redundant: smaller latents leave more steps to decide the shape (Chen 2023)
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
     seed: int = 0
-    steps: int = 2600
+    steps: int = 2200
     batch: int = 16
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
@@ -134,6 +151,10 @@ def write_atomically(path: Path, state: dict[str, object]) -> None:
     os.replace(temporary, path)
 
 
+def write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 class Progress:
     """One line with the running loss and the time left, every `every` steps."""
 
@@ -149,7 +170,10 @@ class Progress:
         seconds = (time.monotonic() - self.start) / (done - self.first)
         minutes = seconds * (self.steps - done) / 60
         mean = sum(self.losses) / len(self.losses)
-        print(f"{self.stage} {done}/{self.steps}  loss {mean:.5f}  {seconds:.3f} s/step  {minutes:.1f} min left", flush=True)
+        print(
+            f"{self.stage} {done}/{self.steps}  loss {mean:.5f}  {seconds:.3f} s/step  {minutes:.1f} min left",
+            flush=True,
+        )
         self.losses.clear()
 
 
@@ -228,7 +252,7 @@ def new_classifier() -> ResNetForImageClassification:
     )
 
 
-def train_classifier(work: Path, seed: int = 1, steps: int = 2500, batch: int = 64) -> None:
+def train_classifier(work: Path, seed: int = 1, steps: int = 2000, batch: int = 64) -> None:
     """Cross-entropy over single frames in [−1, 1], with noise, a change of contrast and a little blur of the shape."""
     torch.manual_seed(seed)
     scans, labels = digits("train")
@@ -273,7 +297,9 @@ def classifier_accuracy(model: nn.Module, seed: int, count: int = 4000) -> float
 # ----------------------------------------------------------------------------------------------------------- diffusion
 
 
-def new_unet(channels: tuple[int, ...] = (32, 64, 96), heads: tuple[int, ...] = (2, 4, 6)) -> UNetSpatioTemporalConditionModel:
+def new_unet(
+    channels: tuple[int, ...] = (32, 64, 96), heads: tuple[int, ...] = (2, 4, 6)
+) -> UNetSpatioTemporalConditionModel:
     attending = len(channels) - 1  # the finest level has residual blocks alone: two thirds of the time otherwise
     return UNetSpatioTemporalConditionModel(
         sample_size=SIZE // 2,
@@ -411,26 +437,187 @@ def train_diffusion(
         update_average(average, model, step, parameters.ema_decay)
         progress.report(step, loss.item())
         if step + 1 == last or time.monotonic() - saved > parameters.save_every_seconds:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average,
+                "step": step + 1,
+            }
             write_atomically(state_file, state)
             saved = time.monotonic()
 
 
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+def averaged_model(work: Path) -> Denoiser:
+    """The denoiser with the averaged weights of `work/diffusion.pt`."""
+    model = Denoiser(new_unet(), new_class_encoder())
+    average = torch.load(work / "diffusion.pt", weights_only=True)["average"]
+    model.load_state_dict(average, strict=False)
+    return model
+
+
+def export(work: Path, folder: Path) -> None:
+    """Writes the pipeline's folders, each whole or not at all, with float16 weights; other files in `folder` stay."""
+    model = averaged_model(work)
+    vae = AutoencoderTiny.from_pretrained(work / "vae")
+    classifier = ResNetForImageClassification.from_pretrained(work / "evaluator")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+        staging = Path(temporary)
+        model.unet.half().save_pretrained(staging / "unet")
+        model.class_encoder.half().save_pretrained(staging / "class_encoder")
+        new_scheduler().save_pretrained(staging / "scheduler")
+        save_evaluator(classifier, staging / "evaluator")
+        vae.half().save_pretrained(staging / "vae")
+        write_index(staging / "model_index.json")
+        for item in sorted(staging.iterdir()):
+            replace(item, folder / item.name)
+
+
+def replace(source: Path, target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(source, target)
+
+
+def write_index(path: Path) -> None:
+    index = {
+        "_class_name": "ClassToVideoPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
+        "vae": ["diffusers", "AutoencoderTiny"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "class_encoder": ["transformers", "CLIPTextModel"],
+        "num_classes": 10,
+        "num_frames": FRAMES,
+        "height": SIZE,
+        "width": SIZE,
+        "fps": FPS,
+        "motion_bucket_id": 140.0,
+    }
+    write_json(path, index)
+
+
+def save_evaluator(classifier: ResNetForImageClassification, folder: Path, clips: int = 2000) -> None:
+    """The classifier, and what it and the consistency figure make of real clips of held-out digits."""
+    classifier.half().save_pretrained(folder)
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": False,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5],
+            "image_std": [0.5],
+        },
+    )
+    real = moving_digits(*digits("held-out"), clips, step_generator(REFERENCE_SEED, 0))
+    _, features = classify(load_classifier(folder), real.frames.flatten(0, 1) * 2 - 1)
+    mean, covariance = feature_statistics(features)
+    save_file({"mean": mean.float(), "covariance": covariance.float()}, folder / "reference.safetensors")
+    consistency = round(temporal_consistency(real.frames).mean().item(), 4)
+    reference = {"clips": clips, "frames_per_clip": FRAMES, "temporal_consistency_real": consistency}
+    write_json(folder / "reference.json", reference)
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+def evaluate(folder: Path, clips: int, steps: int, guidance: float, batch: int = 25) -> dict[str, object]:
+    """The model card's figures, measured on the exported float16 weights computed in float32."""
+    pipeline, evaluator = ClassToVideoPipeline.load(folder), Evaluator.load(folder)
+    labels = torch.arange(clips) % 10
+    start, generated = time.monotonic(), []
+    for first in range(0, clips, batch):
+        part = labels[first : first + batch]
+        generated.append(pipeline(part, seed=first, num_inference_steps=steps, guidance_scale=guidance).frames)
+        print(f"evaluate {first + len(part)}/{clips} clips, {time.monotonic() - start:.0f} s", flush=True)
+    frames = torch.cat(generated)
+    real = moving_digits(*digits("train"), clips, step_generator(REFERENCE_SEED, 1))
+    held_out = moving_digits(*digits("held-out"), clips, step_generator(REFERENCE_SEED, 2))
+    return {
+        "clips": clips,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "generated": rounded(evaluator.measure(frames, labels)),
+        "frame_accuracy_by_digit": accuracy_by_digit(evaluator, frames, labels),
+        "speed_correlation": round(speed_correlation(pipeline), 4),
+        "real_train": rounded(evaluator.measure(real.frames, real.labels)),
+        "real_held_out": rounded(evaluator.measure(held_out.frames, held_out.labels)),
+        "classifier_held_out_accuracy": round(classifier_accuracy(load_classifier(folder / "evaluator"), 1), 4),
+        "autoencoder_psnr_held_out": round(autoencoder_psnr(pipeline.vae, held_out.frames), 2),
+        "parameters": {name: parameters(getattr(pipeline, name)) for name in ("unet", "class_encoder", "vae")},
+    }
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def rounded(quality: Quality) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in quality.as_dict().items()}
+
+
+def accuracy_by_digit(evaluator: Evaluator, frames: Tensor, labels: Tensor) -> list[float]:
+    right = (evaluator.read(frames).labels == labels[:, None]).float().mean(1)
+    return [round(right[labels == digit].mean().item(), 4) for digit in range(10)]
+
+
+@torch.no_grad()
+def autoencoder_psnr(vae: AutoencoderTiny, frames: Tensor) -> float:
+    images = frames.flatten(0, 1)
+    decoded = vae.decode(vae.encode(images * 2 - 1).latents).sample
+    return psnr((decoded / 2 + 0.5).clamp(0, 1), images)
+
+
+def speed_correlation(pipeline: ClassToVideoPipeline, clips: int = 40) -> float:
+    """Correlation between the speed asked for by `motion_bucket_id` and the median speed of the clip's centroid."""
+    asked = torch.linspace(SPEEDS[0], SPEEDS[1], clips) * MOTION_BUCKETS_PER_SPEED
+    seen = []
+    for index, bucket in enumerate(asked.tolist()):
+        frames = pipeline([index % 10], seed=90_000 + index, motion_bucket_id=bucket).frames
+        seen.append(centroids((frames.mean(2) - 0.1).clamp(min=0)).diff(dim=1).norm(dim=-1).median())
+    return torch.corrcoef(torch.stack([asked, torch.stack(seen)]))[0, 1].item()
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("stage", choices=["autoencoder", "classifier", "diffusion"])
-    parser.add_argument("--work", type=Path, default=Path("moving-digits-training"))
-    parser.add_argument("--steps", type=int, default=Hyperparameters.steps)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("stage", choices=["autoencoder", "classifier", "diffusion", "export", "evaluate", "all"])
+    parser.add_argument("--work", type=Path, default=Path("moving-digits-training"), help="the stages' state")
+    parser.add_argument("--folder", type=Path, default=HERE, help="the checkpoint's folder")
+    parser.add_argument("--steps", type=int, default=Hyperparameters.steps, help="of the diffusion stage")
+    parser.add_argument("--resume", action="store_true", help="continue the diffusion stage")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the diffusion stage: a third faster")
+    parser.add_argument("--clips", type=int, default=500, help="of the evaluate stage")
+    parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=2.0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    if options.stage == "autoencoder":
-        train_autoencoder(options.work)
-    if options.stage == "classifier":
-        train_classifier(options.work)
-    if options.stage == "diffusion":
-        train_diffusion(options.work, Hyperparameters(steps=options.steps), options.resume, compiled=options.compile)
+    for stage in STAGES if options.stage == "all" else [options.stage]:
+        STAGES[stage](options)
+
+
+def write_evaluation(options: argparse.Namespace) -> None:
+    found = evaluate(options.folder, options.clips, options.sampling_steps, options.guidance)
+    write_json(options.folder / "evaluation.json", found)
+    print(json.dumps(found, indent=2))
+
+
+STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "autoencoder": lambda options: train_autoencoder(options.work),
+    "classifier": lambda options: train_classifier(options.work),
+    "diffusion": lambda options: train_diffusion(
+        options.work, Hyperparameters(steps=options.steps), options.resume, options.compile
+    ),
+    "export": lambda options: export(options.work, options.folder),
+    "evaluate": write_evaluation,
+}
 
 
 if __name__ == "__main__":

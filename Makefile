@@ -1,0 +1,50 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CHECKPOINT := tests/checkpoints/moving-digits
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format results wheel clean
+
+help:  ## Show what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## Create .venv and install optpass with everything the tests need
+
+# torch first and alone: a resolver that sees an open range takes a build with gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "optpass needs Python 3.11 or newer: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## A trained video-diffusion checkpoint becomes an ONNX Runtime engine, with a report
+	$(BIN)/optpass apply moving-digits $(CHECKPOINT) --out out/moving-digits --force
+	$(BIN)/optpass run out/moving-digits --samples 10 --out out/moving-digits-samples --force
+
+lint: $(STAMP)  ## Ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## Everything that must hold before a commit
+	$(BIN)/pytest -m 'not slow'
+
+test-all: lint  ## The same and what takes minutes or full-size models
+	$(BIN)/pytest
+
+results: $(STAMP)  ## Regenerate docs/results: the published counts, printed by the commands themselves
+	$(BIN)/python docs/results/regenerate.py
+
+format: $(STAMP)  ## Format in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(STAMP)  ## Build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:  ## Remove what make made, the virtual environment included
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,187 @@
+"""Example inputs of a model: declared by family, sized by its config, overridden by the user.
+
+A builder maps a model's configuration to :class:`Inputs`: for every tensor its dimensions, fixed
+ones as numbers and shared ones by name (``batch``, ``frames``), and for every name its default.
+Giving one input's sizes thereby gives the named dimensions of all others. A family that is not here
+is added by whoever needs it::
+
+    @input_builder("MyVideoModel")
+    def my_video_model(config):
+        return Inputs(
+            {"sample": Input(("batch", "frames", config["channels"], "height", "width")), "timestep": TIMESTEP},
+            {"batch": 1, "frames": 8, "height": 32, "width": 32},
+        )
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optpass.errors import UserError, nearest
+from optpass.ir.program import InputRange
+
+Dimension = int | str
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input tensor. ``dtype`` ``None`` is the dtype of the capture; no ``range`` means normal values."""
+
+    dims: tuple[Dimension, ...]
+    dtype: torch.dtype | None = None
+    range: InputRange | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All inputs of a model's forward.
+
+    A dot in a name nests (``added_cond_kwargs.time_ids``). ``sizes`` are the defaults of the named
+    dimensions. ``constants`` are arguments that are no tensors.
+    """
+
+    tensors: Mapping[str, Input]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranges(self) -> dict[str, InputRange]:
+        return {name: tensor.range for name, tensor in self.tensors.items() if tensor.range}
+
+    def arguments(
+        self, overrides: Mapping[str, Sequence[int]], defaults: Mapping[str, int], dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """Nested keyword arguments of tensors on ``meta``: shape and dtype, no data.
+
+        Raises:
+            UserError: an override names no input, has another rank, or contradicts the model or another override.
+        """
+        sizes = {**self.sizes, **{k: v for k, v in defaults.items() if k in self.sizes}}
+        sizes |= _named_sizes(self.tensors, overrides)
+        arguments: dict[str, Any] = {}
+        for name, tensor in self.tensors.items():
+            shape = [dim if isinstance(dim, int) else sizes[dim] for dim in tensor.dims]
+            value = torch.empty(shape, dtype=tensor.dtype or dtype, device="meta")
+            _put(arguments, name.split("."), value)
+        return {**arguments, **self.constants}
+
+
+Builder = Callable[[Mapping[str, Any]], Inputs]
+BUILDERS: dict[str, Builder] = {}
+
+TIMESTEP = Input((), torch.float32, InputRange(0.0, 1000.0, "uniform"))
+"""A diffusion timestep as one number for the whole batch, as pipelines pass it."""
+
+TIMESTEPS = Input(("batch",), torch.float32, InputRange(0.0, 1000.0, "uniform"))
+"""A timestep for every element of the batch, where the model insists on that."""
+
+
+def input_builder(*class_names: str) -> Callable[[Builder], Builder]:
+    """Register a function that maps a model's configuration to its :class:`Inputs`, by class name."""
+
+    def register(builder: Builder) -> Builder:
+        BUILDERS.update(dict.fromkeys(class_names, builder))
+        return builder
+
+    return register
+
+
+def integers(dims: tuple[Dimension, ...], below: int) -> Input:
+    """An input of class or token numbers in [0, ``below``)."""
+    return Input(dims, torch.int64, InputRange(0.0, float(below), "uniform"))
+
+
+def given_inputs(module: nn.Module, sizes: Mapping[str, Sequence[int]]) -> Inputs:
+    """Inputs of a model that no builder knows: the user gave the sizes of all that it requires.
+
+    Raises:
+        UserError: a required argument is missing, or a name is no argument of ``forward``.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in kinds]
+    missing = [name for name in required if not any(key.split(".")[0] == name for key in sizes)]
+    if missing or not sizes:
+        raise UserError(
+            f"optpass does not know the inputs of {type(module).__name__}: give the sizes of "
+            f"{', '.join(missing) or 'its tensors'} with --inputs NAME=1x3x8x8, or register an @input_builder"
+        )
+    for name in sizes:
+        if name.split(".")[0] not in parameters:
+            raise UserError(f"{type(module).__name__} has no input {name!r}{nearest(name, parameters)}")
+    tensors = {name: Input(tuple(f"{name}[{i}]" for i in range(len(shape)))) for name, shape in sizes.items()}
+    return Inputs(tensors, {f"{n}[{i}]": size for n, shape in sizes.items() for i, size in enumerate(shape)})
+
+
+def inputs_of_example(example: Mapping[str, Any]) -> Inputs:
+    """Inputs like the tensors of ``example``, every dimension free; a leading size that all share is ``batch``.
+
+    Integer ranges are those of the example's values.
+    """
+    tensors: dict[str, Tensor] = {}
+    constants = {name: value for name, value in example.items() if not _collect(name, value, tensors)}
+    leading = {tensor.shape[0] for tensor in tensors.values() if tensor.dim()}
+    sizes = {"batch": leading.pop()} if len(leading) == 1 else {}
+    inputs: dict[str, Input] = {}
+    for name, tensor in tensors.items():
+        dims = ["batch" if i == 0 and sizes.get("batch") else f"{name}[{i}]" for i in range(tensor.dim())]
+        sizes |= dict(zip(dims, tensor.shape, strict=True))
+        inputs[name] = Input(tuple(dims), tensor.dtype, _range_of(tensor))
+    return Inputs(inputs, sizes, constants)
+
+
+def _collect(name: str, value: Any, tensors: dict[str, Tensor]) -> bool:
+    """Put the tensors of ``value`` (a tensor, or a dict of them) under their dotted names; whether it was one."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return True
+    if isinstance(value, Mapping) and value:
+        if not all(_collect(f"{name}.{key}", item, tensors) for key, item in value.items()):
+            raise UserError(f"example input {name!r} mixes tensors with other values in one dict")
+        return True
+    return False
+
+
+def _range_of(tensor: Tensor) -> InputRange | None:
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or not tensor.numel() or tensor.is_meta:
+        return None
+    return InputRange(float(tensor.min()), float(tensor.max()) + 1, "uniform")
+
+
+def _named_sizes(tensors: Mapping[str, Input], overrides: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """What ``overrides`` say about the named dimensions."""
+    found: dict[str, int] = {}
+    said_by: dict[str, str] = {}
+    for name, shape in overrides.items():
+        if name not in tensors:
+            raise UserError(f"the model has no input {name!r}{nearest(name, tensors)}")
+        dims = tensors[name].dims
+        if len(shape) != len(dims):
+            raise UserError(f"input {name!r} has {_dims(dims)}; {len(shape)} sizes are given: {list(shape)}")
+        for dim, size in zip(dims, shape, strict=True):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise UserError(f"input {name!r}: a size is a positive whole number, not {size!r}")
+            if isinstance(dim, int):
+                if size != dim:
+                    raise UserError(f"input {name!r} has {_dims(dims)}, fixed by the model's config; got {list(shape)}")
+            elif found.setdefault(dim, size) != size:
+                raise UserError(f"inputs {said_by[dim]!r} and {name!r} disagree on {dim}: {found[dim]} and {size}")
+            else:
+                said_by.setdefault(dim, name)
+    return found
+
+
+def _dims(dims: tuple[Dimension, ...]) -> str:
+    return f"{len(dims)} dimensions ({', '.join(map(str, dims))})" if dims else "no dimensions"
+
+
+def _put(arguments: dict[str, Any], path: list[str], value: Tensor) -> None:
+    for key in path[:-1]:
+        arguments = arguments.setdefault(key, {})
+    arguments[path[-1]] = value

@@ -1,0 +1,100 @@
+"""A checkpoint on disk → a Program: the list of source kinds, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from optpass.capture import (
+    diffusers_model,
+    diffusers_pipeline,
+    exported_file,
+    factory,
+    saved_program,
+    transformers_model,
+)
+from optpass.capture.request import Request, Source
+from optpass.errors import UserError
+from optpass.ir.program import Program
+
+KINDS: tuple[Source, ...] = (
+    factory,
+    exported_file,
+    saved_program,
+    diffusers_pipeline,
+    diffusers_model,
+    transformers_model,
+)
+"""Source kinds in the order they are asked; the first that recognises the path captures it."""
+
+SHOWN = 8
+
+
+def capture(
+    source: str | Path,
+    *,
+    inputs: Mapping[str, Sequence[int]] | None = None,
+    structure_only: bool = False,
+    weights: Path | None = None,
+    trust_remote_code: bool = False,
+    component: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Program:
+    """The Program of a checkpoint, its weights lazy.
+
+    ``inputs`` gives sizes by input name; sizes that inputs share (batch, frames) follow. A checkpoint
+    without any weight file is captured structure-only, as is one with ``structure_only``. ``weights``
+    names a weight file for a source that has none of its own. ``component`` chooses a part of a
+    pipeline folder (default: its denoiser). ``dtype`` is what floating weights are computed in.
+
+    Raises:
+        UserError: no kind of source recognises ``source``, or it cannot be captured.
+        WeightError: a weight file is damaged, or does not fit the model.
+    """
+    path, function = factory.split(str(source))
+    request = Request(
+        path=path,
+        function=function,
+        sizes=dict(inputs or {}),
+        structure_only=structure_only,
+        weights=weights,
+        trust_remote_code=trust_remote_code,
+        component=component,
+        dtype=dtype,
+    )
+    if weights is not None and not weights.is_file():
+        raise UserError(f"no weight file at {weights}")
+    for kind in KINDS:
+        if kind.recognises(request):
+            return kind.capture(request)
+    raise UserError(f"{source} is no checkpoint that optpass knows: {_found(path)}\n{_understood()}")
+
+
+def _understood() -> str:
+    return "Understood are:\n" + "\n".join(f"  - {kind.DESCRIPTION}" for kind in KINDS)
+
+
+def _found(path: Path) -> str:
+    if not path.exists():
+        return "there is no such file or folder"
+    if path.is_file():
+        return _found_file(path)
+    names = sorted(entry.name for entry in path.iterdir())
+    if "manifest.json" in names:
+        return "it is a bundle, which holds engines and no program; apply the recipe to the checkpoint it was made from"
+    if not names:
+        return "the folder is empty"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"the folder holds {', '.join(names[:SHOWN])}{more}"
+
+
+def _found_file(path: Path) -> str:
+    if path.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt"):
+        return "it holds weights and no model; give the model as path/to/file.py:function and this file as --weights"
+    if path.suffix == ".py":
+        return f"name the function that builds the model: {path.name}:function"
+    if path.suffix == ".json":
+        return "the config names neither a diffusers class (_class_name) nor a transformers one (model_type)"
+    return f"it is a file of type {path.suffix or 'unknown'!r}"

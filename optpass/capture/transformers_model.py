@@ -1,0 +1,135 @@
+"""Source: a transformers model folder, or its bare config (structure only)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from optpass.capture.checkpoint_weights import folder_weights, read_weights
+from optpass.capture.configs import config_path, model_config, refuse_remote_code
+from optpass.capture.diffusers_model import quiet
+from optpass.capture.export import build_fake, export_program, first_lines
+from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
+from optpass.capture.request import Request
+from optpass.errors import UserError, nearest
+from optpass.ir.program import Origin, Program
+from optpass.ir.weights import Expression
+
+DESCRIPTION = "a transformers model: a folder with config.json (or that file alone, structure only)"
+
+
+def recognises(request: Request) -> bool:
+    """A config with transformers' ``model_type`` or ``architectures``."""
+    config = model_config(request.path)
+    return "model_type" in config or "architectures" in config
+
+
+def capture(request: Request) -> Program:
+    """The first of the config's ``architectures``, its weights those of the folder, or absent when it has none.
+
+    Raises:
+        UserError: the model type or class is unknown, the config does not build it, or it has remote code.
+        WeightError: the weights are damaged, or do not fit.
+    """
+    raw, path = model_config(request.path), config_path(request.path)
+    assert path is not None
+    refuse_remote_code(raw, path, request.trust_remote_code)
+    with quiet("transformers"):
+        config = _config(raw, path, request.trust_remote_code)
+        module, mode = build_fake(lambda: _build(config, raw, path, request.trust_remote_code), request.dtype)
+        checkpoint = None if request.structure_only else _weights(module, request)
+    inputs = _inputs(module, config.to_dict(), request)
+    origin = Origin(
+        kind="transformers",
+        path=request.path.resolve(),
+        library="transformers",
+        class_name=type(module).__name__,
+        config=raw,
+    )
+    arguments = inputs.arguments(request.sizes, request.defaults, request.dtype)
+    return export_program(module, mode, arguments, checkpoint, origin, ranges=inputs.ranges, loop=request.loop)
+
+
+def _config(raw: Mapping[str, Any], path: Path, trust: bool) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = raw.get("model_type")
+    if not trust and kind not in CONFIG_MAPPING:
+        hint = nearest(str(kind), list(CONFIG_MAPPING.keys()))
+        raise UserError(f"{path}: transformers has no model_type {kind!r}{hint if 'did you mean' in hint else ''}")
+    try:
+        if trust and raw.get("auto_map"):
+            return AutoConfig.from_pretrained(path.parent, trust_remote_code=True, local_files_only=True)
+        return CONFIG_MAPPING[kind].from_dict(dict(raw))
+    except Exception as error:
+        raise UserError(f"{path} is no valid {kind} config: {first_lines(error)}") from error
+
+
+def _build(config: Any, raw: Mapping[str, Any], path: Path, trust: bool) -> nn.Module:
+    import transformers
+
+    names = raw.get("architectures") or []
+    try:
+        if trust and raw.get("auto_map"):
+            return transformers.AutoModel.from_config(config, trust_remote_code=True)  # type: ignore[no-any-return]
+        module_class = _architecture(str(names[0]), path) if names else transformers.AutoModel.from_config
+        return module_class(config)  # type: ignore[no-any-return]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} does not build {names or config.model_type}: {first_lines(error)}") from error
+
+
+def _architecture(name: str, path: Path) -> Any:
+    import transformers
+
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        known = [known for known in dir(transformers) if known.startswith(name[:3])]
+        raise UserError(f"{path}: transformers has no model class {name!r}{nearest(name, known)}")
+    return found
+
+
+def _inputs(module: nn.Module, config: Mapping[str, Any], request: Request) -> Inputs:
+    from optpass.capture.inputs_transformers import transformers_inputs
+
+    builder = BUILDERS.get(type(module).__name__)
+    try:
+        return builder(config) if builder else transformers_inputs(module, config)
+    except UserError:
+        if not request.sizes:
+            raise
+        return given_inputs(module, request.sizes)
+
+
+def _weights(module: Any, request: Request) -> dict[str, Expression] | None:
+    found = read_weights(request.weights) if request.weights else folder_weights(request.path)
+    return None if found is None else _renamed(module, found)
+
+
+def _renamed(module: Any, found: Mapping[str, Expression]) -> dict[str, Expression]:
+    """Checkpoint names → the module's names, by transformers' own table.
+
+    Raises:
+        UserError: transformers would also compute on the values (fused experts …), which is not lazy.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(module)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    wanted = {name: tensor for name, tensor in module.state_dict().items()}
+    renamed: dict[str, Expression] = {}
+    for name in sorted(found):
+        target, converted = rename_source_key(name, renamings, converters, module.base_model_prefix, wanted)
+        if converted is not None:
+            raise UserError(
+                f"transformers computes {target!r} from {name!r} when it loads this checkpoint, which lazy weights "
+                "cannot; give the model as path/to/file.py:function with weights under the module's own names"
+            )
+        renamed[target] = found[name]
+    return renamed

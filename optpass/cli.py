@@ -1,0 +1,457 @@
+"""The command line: parses, calls the library, prints. Exit 0 done, 1 our fault, 2 yours, 3 a gate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from optpass import __version__, console
+from optpass.errors import OptpassError, UserError
+
+app = typer.Typer(
+    name="optpass",
+    help="Apply a recipe of optimisation passes to a vision model's checkpoint and emit a deployable engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else; progress on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Inputs = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Option("--inputs", metavar="NAME=1x4x64x64", help="Size of an input; repeat for several."),
+]
+Weights = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--weights", help="Weights of a Python factory: .safetensors, or .pth (loaded weights-only)."),
+]
+Component = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--component", help="Which component of a pipeline folder; the denoiser by default."),
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")]
+StructureOnly = Annotated[
+    bool, typer.Option("--structure-only", help="Read no weights: costs and the report, no engine.")
+]
+
+
+@app.command()
+def apply(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of an installed recipe.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, .pt2, or file.py:function.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder; it must not exist.")],
+    target: Annotated[Optional[str], typer.Option("--target", help="Instead of the recipe's.")] = None,  # noqa: UP045
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Override an option of a pass or the target."),
+    ] = None,
+    inputs: Inputs = None,
+    weights: Weights = None,
+    component: Component = None,
+    structure_only: StructureOnly = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing bundle, once the new one is finished.")
+    ] = False,
+    verify: Annotated[str, typer.Option(help="Execute the model to check contracts: auto, always, never.")] = "auto",
+    baseline: Annotated[
+        bool, typer.Option(help="Lower the original too, for latency and samples side by side.")
+    ] = True,
+    samples: Annotated[int, typer.Option(min=0, help="Samples generated before and after, for the report.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of those samples.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of samples and of random inputs.")] = 0,
+    print_ir: Annotated[
+        str, typer.Option("--print-ir", metavar="before,after", help="Print the IR around every pass, on stderr.")
+    ] = "",
+    only_changed: Annotated[
+        bool, typer.Option("--only-changed", help="Print the IR only of passes that modified it.")
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Carry NaN and Inf in weights over.")
+    ] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Apply RECIPE to CHECKPOINT and write a bundle: engines, manifest, lock file and report."""
+    from optpass.pipeline.apply import apply as apply_recipe
+    from optpass.pipeline.dumps import PrintIr
+    from optpass.pipeline.recipe import find_recipe, load_recipe
+    from optpass.pipeline.request import Request
+
+    _one_of("--verify", verify, ("auto", "always", "never"))
+    printer = PrintIr.of(print_ir, only_changed=only_changed, write=console.err.out)
+    loaded = load_recipe(find_recipe(recipe), overrides=parse_settings(settings or []), target=target)
+    request = Request(
+        checkpoint=checkpoint,
+        out=out,
+        inputs=parse_inputs(inputs or []),
+        weights=weights,
+        component=component,
+        structure_only=structure_only,
+        force=force,
+        verify=verify,  # type: ignore[arg-type]
+        baseline=baseline,
+        samples=samples,
+        steps=steps,
+        seed=seed,
+        allow_nonfinite=allow_nonfinite,
+        trust_remote_code=trust_remote_code,
+    )
+    with console.progress_display() as progress:
+        applied = apply_recipe(loaded, request, callbacks=[printer], progress=progress)
+    if as_json:
+        console.print_json({"bundle": str(applied.folder), **applied.report})
+    else:
+        console.report_summary(applied.report, str(applied.folder))
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="Folder, .pt2, or file.py:function.")],
+    inputs: Inputs = None,
+    weights: Weights = None,
+    component: Component = None,
+    depth: Annotated[int, typer.Option(min=1, help="Levels of the module table.")] = 2,
+    text: Annotated[bool, typer.Option("--text", help="Print the graph in the text form of the IR.")] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a checkpoint computes and what it costs, without running it."""
+    from optpass.inspection import inspect_program
+
+    with console.progress_display() as progress:
+        program, facts = inspect_program(
+            checkpoint,
+            inputs=parse_inputs(inputs or []),
+            weights=weights,
+            component=component,
+            depth=depth,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        console.print_json(facts)
+    elif text:
+        from optpass.ir.text import program_text
+
+        sys.stdout.write(program_text(program))
+    else:
+        _print_inspection(facts)
+
+
+def _print_inspection(facts: dict[str, Any]) -> None:
+    console.out.print(f"[bold]{facts['checkpoint']['class']}[/bold]  {facts['checkpoint']['name']}")
+    for name, entry in facts["entries"].items():
+        shapes = [f"{spec['name']} {spec['dtype']}{spec['shape']}" for spec in entry["inputs"]]
+        console.out.print(f"{name}({', '.join(shapes)}), {entry['nodes']} nodes", markup=False)
+        console.out.print()
+        rows = [console.totals_row("total", entry["totals"])]
+        console.out.print(console.table("", console.TOTALS_HEADERS, rows))
+        headers = ("module", "parameters", "MACs")
+        modules = [
+            [path, console.millions(cost["parameters"]), console.giga(cost["macs"])]
+            for path, cost in entry["by_module"].items()
+        ]
+        console.out.print()
+        console.out.print(console.table("", headers, modules))
+        operators = [
+            [name, str(cost["count"]), console.giga(cost["macs"])] for name, cost in entry["by_operator"].items()
+        ]
+        console.out.print()
+        console.out.print(console.table("", ("operator", "count", "MACs"), operators))
+    console.out.print("\n1 MAC = 2 FLOP; linear, convolution, matmul and attention are counted", style="dim")
+
+
+@app.command()
+def passes(
+    name: Annotated[Optional[str], typer.Argument(help="Show one pass in full.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the installed passes, or document one."""
+    from optpass.pipeline.registry import pass_class, pass_names
+
+    if name is None:
+        found = {each: pass_class(each) for each in pass_names()}
+        if as_json:
+            return console.print_json(
+                {"passes": [{"name": n, "summary": p.summary(), "contract": str(p.contract)} for n, p in found.items()]}
+            )
+        rows = [[n, str(p.contract), p.summary()] for n, p in found.items()]
+        return console.out.print(console.table("", ("pass", "contract", "what it does"), rows, left=3))
+    facts = {"name": name, **pass_class(name).documentation()}
+    if as_json:
+        return console.print_json(facts)
+    console.out.print(f"[bold]{name}[/bold]  contract: {facts['contract']}\n")
+    console.out.print(facts["documentation"], markup=False)
+    rows = [
+        [option, item["type"], "required" if item["required"] else str(item["default"]), item["description"]]
+        for option, item in facts["options"].items()
+    ]
+    if rows:
+        console.out.print()
+        console.out.print(console.table("", ("option", "type", "default", ""), rows, left=4))
+    return None
+
+
+@app.command()
+def targets(as_json: Json = False, debug: Debug = False) -> None:
+    """List the installed targets and whether what they need is here."""
+    from optpass.pipeline.registry import target_class, target_names
+
+    found = {name: target_class(name) for name in target_names()}
+    if as_json:
+        return console.print_json(
+            {
+                "targets": [
+                    {
+                        "name": n,
+                        "summary": t.summary(),
+                        "missing": t.missing_packages(),
+                        "extra": t.extra,
+                        "options": list(t.model_fields),
+                    }
+                    for n, t in found.items()
+                ]
+            }
+        )
+    rows = [
+        [n, f"needs optpass[{t.extra}]" if t.missing_packages() else "ready", t.summary()] for n, t in found.items()
+    ]
+    return console.out.print(console.table("", ("target", "here", "what it makes"), rows, left=3))
+
+
+@app.command()
+def recipes(as_json: Json = False, debug: Debug = False) -> None:
+    """List the installed recipes."""
+    from optpass.pipeline.recipe import load_recipe
+    from optpass.pipeline.registry import recipe_files
+
+    found = {name: load_recipe(path) for name, path in recipe_files().items()}
+    if as_json:
+        return console.print_json(
+            {"recipes": [{"name": n, "file": str(recipe_files()[n]), **r.as_document()} for n, r in found.items()]}
+        )
+    rows = [[n, " → ".join([*(step.name for step in r.steps), r.target_name]), r.description] for n, r in found.items()]
+    return console.out.print(console.table("", ("recipe", "passes → target", "description"), rows, left=3))
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("-o", "--out", help="Folder for what comes out; must not exist."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples to generate.")] = 10,
+    labels: Annotated[
+        str, typer.Option(help="Class labels, comma-separated, taken in turn; all classes by default.")
+    ] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Seed of the first sample; the next ones count up.")] = 0,
+    tensors: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--input", metavar="NAME=FILE.npy", help="Call the engine once on these inputs instead."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write into an existing folder.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Generate samples with a bundle, or answer for given inputs."""
+    from optpass.runtime.running import answer, sample
+
+    with console.progress_display() as progress:
+        if tensors:
+            facts = answer(bundle, parse_pairs("--input", tensors), out, force=force)
+        else:
+            facts = sample(
+                bundle,
+                out,
+                samples=samples,
+                labels=parse_labels(labels),
+                steps=steps,
+                guidance=guidance,
+                seed=seed,
+                force=force,
+                progress=progress,
+            )
+    if as_json:
+        return console.print_json(facts)
+    for key, value in facts.items():
+        console.out.print(f"{key}: {value}", markup=False)
+    return None
+
+
+@app.command()
+def compare(
+    reference: Annotated[str, typer.Argument(help="A bundle, or a checkpoint (run by PyTorch).")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle to compare.")],
+    samples: Annotated[int, typer.Option(min=0, help="Samples for the quality metrics; 0 leaves them out.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    runs: Annotated[int, typer.Option(min=1, help="Timed calls of each, alternating.")] = 20,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare numerics, quality and latency of a bundle with another one or with its checkpoint."""
+    from optpass.evaluate.comparison import compare as compare_models
+
+    with console.progress_display() as progress:
+        facts = compare_models(reference, bundle, samples=samples, steps=steps, runs=runs, seed=seed, progress=progress)
+    if as_json:
+        return console.print_json(facts)
+    numeric = facts["difference"]
+    console.out.print(
+        f"relative error {numeric['relative_error']:.3g}, max {numeric['max_abs']:.3g}, SNR {numeric['snr']:.1f} dB"
+    )
+    console.out.print(console.latency_line(facts["latency"]), markup=False)
+    if facts["samples"]:
+        console.out.print(f"PSNR of samples at equal seeds: {facts['samples']['psnr']:.1f} dB")
+        headers = ("", *facts["samples"]["quality_before"])
+        rows = [
+            [label, *(f"{value:.4g}" for value in facts["samples"][key].values())]
+            for label, key in (("reference", "quality_before"), ("bundle", "quality_after"))
+        ]
+        console.out.print(console.table("", headers, rows))
+    return None
+
+
+@app.command("new-pass")
+def new_pass(
+    name: Annotated[str, typer.Argument(help="Name of the pass, in-kebab-case.")],
+    directory: Annotated[
+        Path, typer.Option("--directory", help="An optpass checkout, or where your package goes.")
+    ] = Path(),
+    package: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--package", help="Write it into this package of your own, made if it is not there."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a new pass, its test and its registration, ready to run."""
+    from optpass.pipeline.scaffold import new_pass as write_pass
+
+    written = [str(path) for path in write_pass(name, destination=directory, package=package)]
+    if as_json:
+        return console.print_json({"written": written})
+    for path in written:
+        console.out.print(path, markup=False)
+    return None
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """Apply a recipe of optimisation passes to a vision model's checkpoint and emit a deployable engine."""
+    if show:
+        console.out.print(f"optpass {__version__}")
+        raise typer.Exit
+
+
+def parse_inputs(items: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """``["sample=1x4x64x64"]`` → ``{"sample": (1, 4, 64, 64)}``.
+
+    Raises:
+        UserError: an item has another form.
+    """
+    sizes = {}
+    for name, text in parse_pairs("--inputs", items).items():
+        try:
+            sizes[name] = tuple(int(part) for part in text.split("x")) if text else ()
+        except ValueError:
+            sizes[name] = (0,)
+        if any(part < 1 for part in sizes[name]):
+            raise UserError(f"--inputs {name}={text}: sizes look like 1x4x64x64")
+    return sizes
+
+
+def parse_settings(items: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``["cast.dtype=float16"]`` → ``{"cast": {"dtype": "float16"}}``; values are YAML.
+
+    Raises:
+        UserError: an item has another form.
+    """
+    import yaml
+
+    settings: dict[str, dict[str, Any]] = {}
+    for place, text in parse_pairs("--set", items).items():
+        name, dot, option = place.rpartition(".")
+        if not dot or not name or not option:
+            raise UserError(f"--set {place}={text}: expected PASS.OPTION=VALUE")
+        try:
+            settings.setdefault(name, {})[option] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {place}={text}: the value is not valid YAML") from None
+    return settings
+
+
+def parse_pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
+    """``NAME=VALUE`` items of a repeatable flag.
+
+    Raises:
+        UserError: an item has no ``=``, or a name comes twice.
+    """
+    pairs: dict[str, str] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise UserError(f"{flag} {item}: expected NAME=VALUE")
+        if name in pairs:
+            raise UserError(f"{flag} {name} is given twice")
+        pairs[name] = value
+    return pairs
+
+
+def parse_labels(text: str) -> list[int] | None:
+    """``"3,1,4"`` → ``[3, 1, 4]``; nothing → ``None``.
+
+    Raises:
+        UserError: a part is not a whole number.
+    """
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise UserError(f"--labels {text}: expected whole numbers separated by commas") from None
+
+
+def _one_of(flag: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{flag} {value}: expected {', '.join(known)}")
+
+
+def main() -> None:
+    """Entry point of the ``optpass`` command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left half-written", 130)
+    except OptpassError as error:
+        if "--debug" in sys.argv:
+            raise
+        hint = (
+            f"\nreproduce with: optpass apply {error.reproducer}/recipe.yaml {error.reproducer}/program -o OUT"
+            if error.reproducer
+            else ""
+        )
+        _fail(f"{error}{hint}", error.exit_code, reproducer=error.reproducer)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(f"internal error: {type(error).__name__}: {error}\nrun again with --debug for the traceback", 1)
+
+
+def _fail(message: str, code: int, *, reproducer: Path | None = None) -> None:
+    if "--json" in sys.argv:
+        error = {"message": message, "exit_code": code, "reproducer": str(reproducer) if reproducer else None}
+        console.print_json({"error": error})
+    console.err.print("[bold red]error:[/bold red]", end=" ")
+    console.err.print(message, markup=False)
+    raise SystemExit(code)

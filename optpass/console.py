@@ -1,0 +1,149 @@
+"""What the command line shows a person: progress on stderr, tables on stdout. No decisions here."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress_display(quiet: bool = False) -> Iterator[Callable[[str, float], None]]:
+    """A callback ``(stage, fraction)`` that draws one bar a stage on stderr, with the time it took."""
+    if quiet:
+        yield lambda stage, fraction: None
+        return
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=not err.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, fraction: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(escape(stage), total=1.0)
+                if not err.is_terminal:
+                    err.print(f"… {escape(stage)}")
+            bars.update(tasks[stage], completed=fraction)
+
+        yield update
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout; NaN and infinities as null, so that every parser takes it."""
+    sys.stdout.write(json.dumps(finite(value), indent=2) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """``value`` with non-finite floats replaced by ``None``, all the way down."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
+    """A plain table; the first ``left`` columns are text, the others numbers."""
+    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, header in enumerate(headers):
+        made.add_column(header, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(cell) for cell in row))
+    return made
+
+
+def millions(count: float) -> str:
+    """``1524.62 M``."""
+    return f"{count / 1e6:,.2f} M"
+
+
+def giga(count: float) -> str:
+    """``338.60 G``."""
+    return f"{count / 1e9:,.2f} G"
+
+
+def size(nbytes: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+def totals_row(label: str, totals: Mapping[str, float]) -> list[str]:
+    """A row of :data:`TOTALS_HEADERS`."""
+    return [
+        label,
+        millions(totals["parameters"]),
+        giga(totals["macs"]),
+        giga(totals["macs_attention"]),
+        size(totals["weight_bytes"]),
+        size(totals["peak_activation_bytes"]),
+    ]
+
+
+TOTALS_HEADERS = ("", "parameters", "MACs", "of which attention", "weights", "peak activations")
+
+
+def report_summary(report: Mapping[str, Any], folder: str) -> None:
+    """The end of ``optpass apply``: a row per pass, the engine's evidence, where to look."""
+    rows = [totals_row("captured", report["before"]["totals"])]
+    rows += [totals_row(_pass_label(item), item["after"]["totals"]) for item in report["passes"]]
+    out.print(table("", TOTALS_HEADERS, rows))
+    for item in report["passes"]:
+        if item.get("verified"):
+            out.print(f"  {escape(item['name'])}: {item['contract']}, {escape(item['verified'])}")
+        for reason, count in _reasons(item["declined"]).items():
+            out.print(f"  {escape(item['name'])} declined {count}: {escape(reason)}")
+    for line in _evidence_lines(report):
+        out.print(f"  {line}")
+    out.print(f"\n[bold]{escape(folder)}[/bold]  ({report['seconds']:.1f} s)")
+    out.print(f"  report: {escape(folder)}/report.html")
+
+
+def _pass_label(item: Mapping[str, Any]) -> str:
+    return f"{item['name']} ({item['sites']} sites)" if item["modified"] else f"{item['name']} (unmodified)"
+
+
+def _reasons(declined: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    reasons: dict[str, int] = {}
+    for item in declined:
+        reasons[item["reason"]] = reasons.get(item["reason"], 0) + 1
+    return reasons
+
+
+def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    for gate in report["gates"]:
+        yield f"gate {escape(gate['metric'])} after {escape(gate['after'])}: {gate['value']:.4g}, held"
+    if difference := report.get("engine_difference"):
+        yield f"engine against the original: relative error {difference['relative_error']:.2g}"
+    if latency := report.get("latency"):
+        yield latency_line(latency)
+    if samples := report.get("samples"):
+        yield f"samples against the original's at equal seeds: PSNR {samples['psnr']:.1f} dB"
+        if samples.get("quality_after"):
+            before, after = samples["quality_before"]["frame_accuracy"], samples["quality_after"]["frame_accuracy"]
+            yield f"frames read right: {before:.1%} → {after:.1%}"
+
+
+def latency_line(latency: Mapping[str, Any]) -> str:
+    """Medians, the ratio of pairs with its spread, and whether noise covers it."""
+    ratio = latency["ratio"]
+    note = f"; {latency['note']}" if latency["note"] else ""
+    return (
+        f"latency {latency['before']['median']:.1f} → {latency['after']['median']:.1f} ms, "
+        f"ratio {ratio['median']:.2f} ({ratio['p10']:.2f} … {ratio['p90']:.2f}){note}"
+    )

@@ -1,0 +1,120 @@
+"""``optpass compare``: a bundle beside another one, or beside the checkpoint it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optpass.capture.sources import capture
+from optpass.errors import UserError
+from optpass.evaluate.difference import outputs_difference, random_inputs
+from optpass.evaluate.latency import compare_latency
+from optpass.evaluate.quality import Evaluator, psnr
+from optpass.runtime.bundle import MANIFEST, read_manifest
+from optpass.runtime.loading import load
+from optpass.runtime.module import EngineModule, program_module
+from optpass.runtime.sampling import GUIDANCE, can_sample, generate
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models: how to call it, and the pipeline folder it samples in, if any."""
+
+    label: str
+    module: EngineModule
+    folder: Path | None
+
+
+def compare(
+    reference: str,
+    bundle: Path,
+    *,
+    samples: int = 10,
+    steps: int = 20,
+    runs: int = 20,
+    seed: int = 0,
+    progress: Callable[[str, float], None] = lambda stage, fraction: None,
+) -> dict[str, Any]:
+    """Numeric difference on random inputs, latency in alternating calls, samples at equal seeds.
+
+    Raises:
+        UserError: a side cannot be loaded, or the two take or return different tensors.
+    """
+    progress("load", 0.0)
+    after = _bundle_side(bundle)
+    before = _reference_side(reference, after.module)
+    progress("load", 1.0)
+    _check_interfaces(before, after)
+    manifest = read_manifest(bundle)
+    inputs = random_inputs(after.module.inputs, manifest.input_ranges(), seed)
+    difference = outputs_difference(before.module.runner(inputs), after.module.runner(inputs))
+    latency = compare_latency(
+        (before.label, before.module.runner),
+        (after.label, after.module.runner),
+        (inputs, inputs),
+        runs=runs,
+        progress=lambda fraction: progress("latency", fraction),
+    )
+    return {
+        "reference": reference,
+        "bundle": str(bundle),
+        "difference": difference.as_dict(),
+        "latency": latency.as_dict(),
+        "samples": _compare_samples(before, after, samples, steps, seed, progress),
+    }
+
+
+def _bundle_side(folder: Path) -> Side:
+    components = read_manifest(folder).components
+    return Side(folder.name, load(folder), folder / components if components else None)
+
+
+def _reference_side(reference: str, other: EngineModule) -> Side:
+    path = Path(reference)
+    if (path / MANIFEST).is_file():
+        return _bundle_side(path)
+    program = capture(reference, inputs={spec.name: spec.shape for spec in other.inputs})
+    if not program.has_values:
+        raise UserError(f"{reference} has no weights to compare with")
+    entry = program.loop.entry if program.loop else next(iter(program.entries))
+    folder = program.origin.path if program.origin.pipeline else None
+    return Side(f"{path.name} (PyTorch)", program_module(program, entry), folder)
+
+
+def _check_interfaces(before: Side, after: Side) -> None:
+    for kind in ("inputs", "outputs"):
+        ours = {spec.name: spec.shape for spec in getattr(before.module, kind)}
+        theirs = {spec.name: spec.shape for spec in getattr(after.module, kind)}
+        if ours != theirs:
+            raise UserError(f"{before.label} and {after.label} have different {kind}: {ours} and {theirs}")
+
+
+def _compare_samples(
+    before: Side, after: Side, samples: int, steps: int, seed: int, progress: Callable[[str, float], None]
+) -> dict[str, Any] | None:
+    if not samples or not can_sample(after.folder) or before.folder is None or after.folder is None:
+        return None
+    made = [
+        generate(
+            side.folder or after.folder,
+            side.module,
+            samples=samples,
+            steps=steps,
+            seed=seed,
+            progress=lambda fraction, side=side: progress(f"samples of {side.label}", fraction),  # type: ignore[misc]
+        )
+        for side in (before, after)
+    ]
+    record: dict[str, Any] = {
+        "samples": samples,
+        "steps": steps,
+        "guidance": GUIDANCE,
+        "seed": seed,
+        "psnr": psnr(made[0].frames, made[1].frames),
+    }
+    evaluator = Evaluator.load(after.folder / "evaluator")
+    for key, item in zip(("quality_before", "quality_after"), made, strict=True):
+        record[key] = evaluator.measure(item.frames, item.labels).as_dict()
+    return record

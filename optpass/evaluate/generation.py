@@ -1,0 +1,57 @@
+"""Quality of a Program inside its pipeline: generate, then measure with the folder's own evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from optpass.errors import UserError
+from optpass.evaluate.metrics import Scope
+from optpass.evaluate.quality import Evaluator, psnr
+from optpass.ir.program import Program
+from optpass.runtime.module import program_module
+from optpass.runtime.sampling import Samples, generate
+
+
+def quality_of_program(scope: Scope, metric: str, *, samples: int, steps: int, seed: int) -> float:
+    """One quality metric of ``scope.program``; PSNR is against ``scope.reference`` at equal seeds, in dB.
+
+    Raises:
+        UserError: the Program was not captured from a pipeline folder that can be sampled and evaluated.
+    """
+    folder = pipeline_folder(scope.program)
+    if metric == "psnr":
+        before = _samples(scope.reference, folder, samples, steps, seed, scope.progress, "reference samples")
+        after = _samples(scope.program, folder, samples, steps, seed, scope.progress, "samples")
+        return psnr(before.frames, after.frames)
+    evaluator = Evaluator.load(folder / "evaluator")
+    after = _samples(scope.program, folder, samples, steps, seed, scope.progress, "samples")
+    return evaluator.measure(after.frames, after.labels).as_dict()[metric]
+
+
+def pipeline_folder(program: Program) -> Path:
+    """The pipeline folder that ``program`` was captured from.
+
+    Raises:
+        UserError: it was captured from something else.
+    """
+    origin = program.origin
+    if not origin.pipeline or origin.path is None:
+        raise UserError("quality metrics need a checkpoint that is a pipeline folder with an evaluator")
+    return origin.path
+
+
+def _samples(
+    program: Program,
+    folder: Path,
+    samples: int,
+    steps: int,
+    seed: int,
+    progress: Callable[[str, float], None],
+    stage: str,
+) -> Samples:
+    entry = program.loop.entry if program.loop else next(iter(program.entries))
+    module = program_module(program, entry)
+    return generate(
+        folder, module, samples=samples, steps=steps, seed=seed, progress=lambda fraction: progress(stage, fraction)
+    )

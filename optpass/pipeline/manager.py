@@ -1,0 +1,157 @@
+"""Runs a list of passes over a Program: check, run, verify, record; then tell whoever listens.
+
+The loop is short on purpose. Timing, dumps, progress, contract verification and gates are all
+callbacks on the same three events, so a new concern is a new callback and not a new branch here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from optpass.analysis.cost import Cost, measure
+from optpass.errors import ContractError, DialectError, MissingValuesError, OptpassError, UserError
+from optpass.ir.dialect import verify, verify_shapes
+from optpass.ir.hashing import text_digest
+from optpass.ir.program import Program
+from optpass.ir.text import program_text
+from optpass.pipeline.passes import Context, Declined, Pass
+from optpass.pipeline.recipe import Step
+
+
+@dataclass
+class PassRecord:
+    """What one pass did, as it stands in the report. Callbacks fill ``facts``."""
+
+    name: str
+    record: Pass
+    modified: bool
+    sites: tuple[str, ...]
+    declined: tuple[Declined, ...]
+    seconds: float
+    before: Cost
+    after: Cost
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "summary": self.record.summary(),
+            "options": self.record.as_options(),
+            "contract": str(self.record.contract),
+            "modified": self.modified,
+            "sites": len(self.sites),
+            "site_paths": list(self.sites),
+            "declined": [declined.as_json() for declined in self.declined],
+            "seconds": self.seconds,
+            "before": self.before.as_json(),
+            "after": self.after.as_json(),
+            **self.facts,
+        }
+
+
+@dataclass(frozen=True)
+class Event:
+    """A moment of the run. ``after`` and ``record`` are set once the pass has finished."""
+
+    kind: Literal["started", "finished", "failed"]
+    index: int
+    step: Step
+    before: Program
+    original: Program
+    after: Program | None = None
+    record: PassRecord | None = None
+    error: BaseException | None = None
+
+
+Callback = Callable[[Event], None]
+
+
+def run_passes(
+    program: Program, steps: Sequence[Step], callbacks: Sequence[Callback] = ()
+) -> tuple[Program, list[PassRecord]]:
+    """Run ``steps`` in order over ``program``, which stays as it is; the result and a record per pass.
+
+    Callbacks are called in order on every event. One that raises on ``finished`` stops the run, as a
+    failing pass does; both are told as a ``failed`` event, whose ``before`` is the Program to reproduce from.
+
+    Raises:
+        OptpassError: whatever a pass or a callback raised; anything that is not one is wrapped in one.
+    """
+    original, cost, records = program, measure(program), []
+    for index, step in enumerate(steps):
+        _tell(callbacks, Event("started", index, step, program, original))
+        try:
+            after, record = run_pass(program, step, cost)
+            event = Event("finished", index, step, program, original, after, record)
+            _tell(callbacks, event)
+        except (Exception, KeyboardInterrupt) as error:
+            _tell(callbacks, Event("failed", index, step, program, original, error=error))
+            if isinstance(error, (OptpassError, KeyboardInterrupt)):
+                raise
+            message = f"pass {step.name!r} failed: {type(error).__name__}: {error}"
+            raise OptpassError(message) from error
+        program, cost = after, record.after
+        records.append(record)
+    return program, records
+
+
+def run_pass(program: Program, step: Step, cost: Cost | None = None) -> tuple[Program, PassRecord]:
+    """One pass with everything that always holds around it: requires, dialect, honesty, ensures.
+
+    Raises:
+        UserError: the pass's ``requires`` refuses the Program.
+        DialectError: the result is not in the canonical dialect.
+        ContractError: ``ensures`` does not hold, or the pass said something untrue about itself.
+    """
+    name, record = step.name, step.record
+    if record.executes and not program.has_values:
+        raise MissingValuesError(f"pass {name!r} needs weight values; the checkpoint was captured structure-only")
+    if refusals := record.requires(program):
+        raise UserError(f"pass {name!r} cannot run: {'; '.join(refusals)}")
+    cost = cost or measure(program)
+    context = Context()
+    start = time.perf_counter()
+    after = record.run(program.copy(), context).pruned()
+    seconds = time.perf_counter() - start
+    _verify_dialect(after, name)
+    modified = _fingerprint(after) != _fingerprint(program)
+    _verify_honesty(name, modified, context)
+    if broken := record.ensures(after):
+        raise ContractError(f"pass {name!r} broke what it ensures: {'; '.join(broken)}")
+    return after, PassRecord(
+        name,
+        record,
+        modified,
+        tuple(context.sites),
+        tuple(context.declined),
+        seconds,
+        cost,
+        measure(after) if modified else cost,
+    )
+
+
+def _tell(callbacks: Sequence[Callback], event: Event) -> None:
+    for callback in callbacks:
+        callback(event)
+
+
+def _verify_dialect(program: Program, name: str) -> None:
+    try:
+        verify(program)
+        verify_shapes(program)
+    except DialectError as error:
+        raise DialectError(f"pass {name!r}: {error}") from error
+
+
+def _verify_honesty(name: str, modified: bool, context: Context) -> None:
+    if context.sites and not modified:
+        raise ContractError(f"pass {name!r} reported {len(context.sites)} changed sites and changed nothing")
+    if modified and not context.sites:
+        raise ContractError(f"pass {name!r} changed the program and reported no site; call context.rewrote")
+
+
+def _fingerprint(program: Program) -> str:
+    return text_digest(program_text(program))

@@ -1,0 +1,32 @@
+"""What :func:`optpass.pipeline.apply.apply` is asked for, beyond the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from optpass.pipeline.verification import Mode
+
+Progress = Callable[[str, float], None]
+"""Called with a stage's name and the fraction of it that is done."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checkpoint, where the bundle goes, and how much evidence to collect."""
+
+    checkpoint: str
+    out: Path
+    inputs: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    weights: Path | None = None
+    component: str | None = None
+    structure_only: bool = False
+    force: bool = False
+    verify: Mode = "auto"
+    baseline: bool = True
+    samples: int = 8
+    steps: int = 20
+    seed: int = 0
+    allow_nonfinite: bool = False
+    trust_remote_code: bool = False

@@ -1,0 +1,60 @@
+"""Callback that holds every pass to its contract, by executing the Program before and after it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from optpass.errors import ContractError
+from optpass.evaluate.difference import EQUAL, program_difference
+from optpass.pipeline.manager import Event
+
+Mode = Literal["auto", "always", "never"]
+MACS_LIMIT = 2e11
+BYTES_LIMIT = 2 << 30
+
+
+@dataclass(frozen=True)
+class Verification:
+    """``auto`` executes models up to 0.2 TMAC a call and 2 GiB of weights; larger ones only ``always``."""
+
+    mode: Mode = "auto"
+    seed: int = 0
+
+    def __call__(self, event: Event) -> None:
+        """
+        Raises:
+            ContractError: an ``exact`` pass changed the function by more than its tolerance.
+        """
+        if event.kind != "finished" or event.record is None or event.after is None:
+            return
+        facts, contract = event.record.facts, event.step.record.contract
+        if reason := self._skipped(event):
+            facts |= {"difference": None, "verified": f"not verified: {reason}"}
+            return
+        difference = program_difference(event.before, event.after, seed=self.seed) if event.record.modified else EQUAL
+        facts["difference"] = difference.as_dict()
+        error = difference.relative_error
+        if contract.kind != "exact":
+            facts["verified"] = "measured"
+            return
+        if math.isnan(error) or error > contract.rtol:
+            raise ContractError(
+                f"pass {event.step.name!r} declares itself {contract}, and its largest relative difference "
+                f"on random inputs is {error:.3g}"
+            )
+        facts["verified"] = f"held: {error:.2g} ≤ {contract.rtol:g}"
+
+    def _skipped(self, event: Event) -> str:
+        if self.mode == "never":
+            return "switched off"
+        if not event.before.has_values:
+            return "captured structure-only"
+        if event.step.record.contract.kind == "retrain":
+            return "new parameters"
+        assert event.record is not None
+        totals = event.record.before.totals
+        if self.mode == "auto" and (totals.macs > MACS_LIMIT or totals.weight_bytes > BYTES_LIMIT):
+            return f"{totals.macs / 1e9:,.0f} GMAC and {totals.weight_bytes / 2**30:.1f} GiB; ask with --verify always"
+        return ""

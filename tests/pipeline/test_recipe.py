@@ -1,0 +1,106 @@
+"""Recipes are checked whole before anything starts; every mistake has one clear message."""
+
+from __future__ import annotations
+
+import pytest
+
+from optpass.errors import UserError
+from optpass.pipeline.recipe import find_recipe, load_recipe, make_recipe
+from optpass.pipeline.registry import recipe_files
+
+
+def test_a_full_recipe_resolves_and_round_trips():
+    document = {
+        "name": "r",
+        "description": "d",
+        "inputs": {"sample": [2, 8, 4, 16, 16]},
+        "passes": ["single-token-attention", {"cast": {"dtype": "bfloat16"}}],
+        "gates": [{"after": "cast", "metric": "psnr", "min": 30}],
+        "target": {"onnxruntime": {"threads": 2}},
+    }
+    recipe = make_recipe(document)
+    assert [step.name for step in recipe.steps] == ["single-token-attention", "cast"]
+    assert recipe.inputs == {"sample": (2, 8, 4, 16, 16)}
+    assert recipe.target.threads == 2
+    assert make_recipe(recipe.as_document()).as_document() == recipe.as_document()
+
+
+def test_overrides_reach_passes_and_target():
+    recipe = make_recipe(
+        {"passes": [{"cast": {"dtype": "float16"}}]},
+        overrides={"cast": {"dtype": "bfloat16"}, "onnxruntime": {"threads": 1}},
+    )
+    assert recipe.steps[0].record.dtype == "bfloat16"
+    assert recipe.target.threads == 1
+    assert make_recipe({"target": "onnxruntime"}, target="program").target_name == "program"
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"passes": ["single-token-atention"]}, "unknown pass 'single-token-atention'; did you mean 'single-token-att"),
+        ({"passes": [{"cast": {"dtyp": "float16"}}]}, "pass cast: unknown option 'dtyp'; did you mean 'dtype'"),
+        ({"passes": [{"cast": {"dtype": "float17"}}]}, "pass cast: 'dtype'"),
+        ({"passs": []}, "unknown key 'passs'; did you mean 'passes'"),
+        ({"target": "onnxruntme"}, "unknown target 'onnxruntme'; did you mean 'onnxruntime'"),
+        ({"target": {"onnxruntime": {"thread": 2}}}, "unknown option 'thread'; did you mean 'threads'"),
+        ({"passes": [{"cast": {}, "export": {}}]}, "a pass is a name or"),
+        ({"passes": "cast"}, "'passes'"),
+        ({"inputs": {"sample": ["a"]}}, "inputs.sample.0"),
+        ({"gates": [{"latency": {"max_ratio": 1.0}}]}, "gate kind 'latency' is not built"),
+        ({"passes": ["single-token-attention"], "gates": [{"after": "cast", "metric": "psnr", "min": 1}]}, "not a pass"),
+        (
+            {"passes": ["single-token-attention"], "gates": [{"after": "single-token-attention", "metric": "psnr"}]},
+            "'min' or 'max'",
+        ),
+        (
+            {"passes": ["cast"], "gates": [{"after": "cast", "metric": "psnrr", "min": 3}]},
+            "unknown metric 'psnrr'; did you mean 'psnr'",
+        ),
+        (
+            {"passes": ["cast"], "gates": [{"after": "cast", "metric": "psnr", "mn": 3}]},
+            "unknown key 'mn'",
+        ),
+    ],
+)
+def test_mistakes(document, message):
+    with pytest.raises(UserError, match=message):
+        make_recipe(document)
+
+
+def test_set_for_a_pass_that_the_recipe_lacks():
+    with pytest.raises(UserError, match=r"--set cast\.…: the recipe has no 'cast'"):
+        make_recipe({"passes": ["single-token-attention"]}, overrides={"cast": {"dtype": "float16"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("passes: [a\nb: {", "not valid YAML"),
+        ("- a\n- b", "expected a mapping"),
+        ("just words", "expected a mapping"),
+        ("passes: !!python/object/apply:os.system ['echo hi > owned']", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_binary_and_missing_files(tmp_path):
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(UserError, match="cannot read recipe"):
+        load_recipe(path)
+    with pytest.raises(UserError, match="did you mean 'moving-digits'"):
+        find_recipe("moving-digit")
+
+
+def test_every_shipped_recipe_loads():
+    assert {"moving-digits", "mobilevd-cross-attention", "half-precision", "export"} <= set(recipe_files())
+    for path in recipe_files().values():
+        assert load_recipe(path).description
