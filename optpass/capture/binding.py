@@ -21,9 +21,9 @@ def bind(
 ) -> WeightStore:
     """Find an expression for every weight that ``graph`` reads.
 
-    A name that the checkpoint lacks is looked up under the names of the same tensor (``aliases``),
-    then among the ``constants`` that the model's code computed. Floating weights are cast to the
-    dtype that the graph was captured in.
+    What the model's code computed (``constants``) is taken from there, as loaders do; everything else
+    from the checkpoint, under its own name or another of the same tensor's (``aliases``). Floating
+    weights are cast to the dtype that the graph was captured in.
 
     Raises:
         WeightError: names are missing or shapes differ; the first few are listed.
@@ -42,6 +42,9 @@ def bind(
             missing.append(name)
         elif tuple(expression.shape) != shape:
             misshapen.append(f"{name}: the model has {list(shape)}, the checkpoint {list(expression.shape)}")
+        elif expression.dtype.is_floating_point != dtype.is_floating_point:
+            names = dtype_name(dtype), dtype_name(expression.dtype)
+            misshapen.append(f"{name}: the model has {names[0]}, the checkpoint {names[1]}")
         else:
             found[name] = expression if expression.dtype == dtype else Cast(expression, dtype)
     _refuse(missing, misshapen, checkpoint or {})
@@ -54,10 +57,12 @@ def _lookup(
     constants: Mapping[str, Tensor],
     checkpoint: Mapping[str, Expression] | None,
 ) -> Expression | None:
+    if name in constants:
+        return Constant(constants[name], computed=True)
     for candidate in (name, *aliases.get(name, ())):
         if checkpoint is not None and candidate in checkpoint:
             return checkpoint[candidate]
-    return Constant(constants[name], computed=True) if name in constants else None
+    return None
 
 
 def _refuse(missing: list[str], misshapen: list[str], checkpoint: Mapping[str, Expression]) -> None:

@@ -27,8 +27,9 @@ def canonicalise(exported: ExportedProgram, signature: Signature) -> Graph:
     Raises:
         UserError: the model mutates its inputs or buffers, or keeps an operator outside the dialect.
     """
-    if any(is_inplace(node.target) for node in exported.graph.nodes):
-        # An empty table decomposes nothing; what remains of run_decompositions is functionalisation.
+    if any(map(_needs_functionalising, exported.graph.nodes)):
+        # An empty table decomposes nothing; what remains of run_decompositions is functionalisation,
+        # and the inlining of autocast and no_grad blocks.
         exported = exported.run_decompositions({})
     _refuse_mutation(exported)
     graph = Graph(fx.Graph(), signature)
@@ -42,6 +43,12 @@ def canonicalise(exported: ExportedProgram, signature: Signature) -> Graph:
     graph.output_node.args = (tuple(graph.output_node.args[0]),)  # type: ignore[arg-type]
     graph.remove_dead_code()
     return graph
+
+
+def _needs_functionalising(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    return is_inplace(node.target) and node.target not in IDENTITIES
 
 
 def _refuse_mutation(exported: ExportedProgram) -> None:

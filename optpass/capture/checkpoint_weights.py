@@ -64,7 +64,7 @@ def _known_names() -> list[str]:
     names: list[str] = []
     for variant in VARIANTS:
         for suffix in (SAFE, ".bin"):
-            # Indices of variants are spelt both ways: model.safetensors.index.fp16.json, model.fp16.safetensors.index.json
+            # Both spellings occur: model.safetensors.index.fp16.json and model.fp16.safetensors.index.json
             for stem in STEMS:
                 names.append(f"{stem}{suffix}.index{variant}.json")
                 names.append(f"{stem}{variant}{suffix}{INDEX}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from optpass.capture.checkpoint_weights import folder_weights, read_weights
 from optpass.capture.configs import config_path, model_config, refuse_remote_code
-from optpass.capture.export import build_fake, export_program, first_lines
+from optpass.capture.export import build_fake, export_program, first_lines, quiet
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
 from optpass.capture.request import Request
 from optpass.errors import UserError, nearest
@@ -39,7 +38,7 @@ def capture(request: Request) -> Program:
     assert path is not None
     refuse_remote_code(config, path, request.trust_remote_code)
     model_class = _model_class(config, path)
-    with quiet("diffusers"):
+    with quiet("diffusers", logging.CRITICAL):
         module, mode = build_fake(lambda: _build(model_class, config, path), request.dtype)
     inputs = _inputs(module, request)
     checkpoint = None if request.structure_only else _weights(module, request)
@@ -65,7 +64,7 @@ def _model_class(config: Mapping[str, Any], path: Path) -> Any:
     if name not in known:
         raise UserError(f"{path}: diffusers has no model class {name!r}{_hint(name, known)}")
     found = getattr(diffusers, name)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "load_config")):
         raise UserError(f"{path}: diffusers' {name} is not a model that can be captured")
     return found
 
@@ -82,7 +81,9 @@ def _remote_class(config: Mapping[str, Any], path: Path) -> Any:
     module, _, name = reference.rpartition(".")
     if not module or "--" in reference or not all(part.isidentifier() for part in reference.split(".")):
         raise UserError(f"{path}: auto_map names no class of this folder for AutoModel ({reference!r})")
-    return get_class_from_dynamic_module(str(path.parent), f"{module}.py", class_name=name, local_files_only=True)
+    return get_class_from_dynamic_module(
+        str(path.parent), f"{module}.py", class_name=name, local_files_only=True, trust_remote_code=True
+    )
 
 
 def _build(model_class: Any, config: Mapping[str, Any], path: Path) -> nn.Module:
@@ -100,7 +101,7 @@ def _inputs(module: nn.Module, request: Request) -> Inputs:
     builder = BUILDERS.get(type(module).__name__)
     if builder is None:
         return given_inputs(module, request.sizes)
-    config: Mapping[str, Any] = module.config
+    config: Any = module.config
     try:
         return builder(config)
     except (KeyError, TypeError, ValueError) as error:
@@ -115,15 +116,3 @@ def _weights(module: Any, request: Request) -> dict[str, Expression] | None:
         # Old checkpoints name attention's projections query, key, value; only keys are touched.
         module._fix_state_dict_keys_on_load(found)
     return found
-
-
-@contextmanager
-def quiet(library: str) -> Iterator[None]:
-    """Without a library's advice about configs and initialisation."""
-    logger = logging.getLogger(library)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -12,7 +12,7 @@ from typing import Any
 
 from optpass.capture import diffusers_model, transformers_model
 from optpass.capture.configs import PIPELINE_INDEX, config_path, inside, read_json
-from optpass.capture.request import Request
+from optpass.capture.request import Request, Source
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Program
 
@@ -43,7 +43,8 @@ def capture(request: Request) -> Program:
         raise UserError(f"{index} lists the component {name!r}, but {folder} has no config.json")
     denoises = name in DENOISERS
     part = replace(request, path=folder, loop=denoises, defaults={"batch": GUIDED_BATCH} if denoises else {})
-    for kind in (diffusers_model, transformers_model):
+    kinds: tuple[Source, ...] = (diffusers_model, transformers_model)
+    for kind in kinds:
         if kind.recognises(part):
             program = kind.capture(part)
             origin = replace(program.origin, path=request.path.resolve(), component=name, pipeline=True)
@@ -83,6 +84,5 @@ def _chosen(request: Request, components: Mapping[str, Path]) -> str:
     for name in DENOISERS:
         if name in components:
             return name
-    raise UserError(
-        f"{request.path} has no denoiser ({' or '.join(DENOISERS)}); choose a component: {', '.join(sorted(components))}"
-    )
+    known = ", ".join(sorted(components)) or "none"
+    raise UserError(f"{request.path} has no denoiser ({' or '.join(DENOISERS)}); components to choose from: {known}")

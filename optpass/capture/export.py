@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
 
+from optpass.capture.binding import bind
 from optpass.capture.canonical import canonicalise
 from optpass.errors import UserError
 from optpass.ir.dialect import verify
-from optpass.ir.graph import Graph
 from optpass.ir.program import InputRange, Loop, Origin, Program
 from optpass.ir.signature import Signature, tree_of_example, tree_of_spec
-from optpass.ir.weights import Absent, Cast, Constant, Expression, WeightStore, dtype_name
+from optpass.ir.weights import Expression
 
 ENTRY = "full"
 
@@ -76,13 +78,12 @@ def export_program(
         UserError: torch.export refuses the model; the message carries its reason.
         WeightError: the checkpoint lacks a weight, or one has another shape.
     """
-    from optpass.capture.binding import bind
-
     with mode:
         fakes = torch.utils._pytree.tree_map_only(
             Tensor, lambda t: t if isinstance(t, FakeTensor) else torch.empty(t.shape, dtype=t.dtype), dict(arguments)
         )
-    with quiet_export():
+    with quiet_export(), torch.no_grad():
+        # Under no_grad, a model's own no_grad blocks change nothing and leave no nested graph behind.
         try:
             exported = torch.export.export(module, (), fakes, strict=False)
         except Exception as error:
@@ -92,8 +93,29 @@ def export_program(
         arguments=tree_of_example(fakes, ""),
         output=tree_of_spec(exported.call_spec.out_spec),
     )
+    constants = _constants(module, exported.constants)
+    return program_of(exported, signature, _aliases(module), constants, checkpoint, origin, ranges=ranges, loop=loop)
+
+
+def program_of(
+    exported: ExportedProgram,
+    signature: Signature,
+    aliases: Mapping[str, tuple[str, ...]],
+    constants: Mapping[str, Tensor],
+    checkpoint: Mapping[str, Expression] | None,
+    origin: Origin,
+    *,
+    ranges: Mapping[str, InputRange] | None = None,
+    loop: bool = False,
+) -> Program:
+    """The verified Program of one exported graph; arguments as in :func:`optpass.capture.binding.bind`.
+
+    Raises:
+        UserError: the graph cannot be brought into the dialect.
+        WeightError: as :func:`optpass.capture.binding.bind`.
+    """
     graph = canonicalise(exported, signature)
-    weights = bind(graph, _aliases(module), _constants(module, exported.constants), checkpoint)
+    weights = bind(graph, aliases, constants, checkpoint)
     program = Program({ENTRY: graph}, weights, origin, Loop(ENTRY) if loop else None, dict(ranges or {}))
     verify(program)
     return program
@@ -109,26 +131,42 @@ def _aliases(module: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _constants(module: nn.Module, lifted: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Real tensors that come from code: computed buffers and the literals that export lifted."""
-    found = {name: value for name, value in lifted.items() if isinstance(value, Tensor)}
-    found |= dict(module.named_buffers(remove_duplicate=False))
-    return {name: value for name, value in found.items() if not isinstance(value, FakeTensor)}
+    """Real tensors that come from code: buffers that no checkpoint holds, and the literals that export lifted."""
+    stored = module.state_dict(keep_vars=True)
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    found = {name: value for name, value in {**lifted, **buffers}.items() if isinstance(value, Tensor)}
+    found = {name: value for name, value in found.items() if name not in stored}
+    # A fake made from a literal (torch.tensor([1, 2])) remembers its value.
+    known = {name: value.constant if isinstance(value, FakeTensor) else value for name, value in found.items()}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+@contextmanager
+def quiet(library: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Without what a library logs below ``level``."""
+    logger = logging.getLogger(library)
+    previous = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(previous)
 
 
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """Without torch.export's warnings about things that the dialect settles anyway."""
-    import warnings
+    """Without torch.export's warnings about things that the dialect settles anyway, and without stack traces.
 
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    Provenance comes from module paths; a Python stack for every node costs a tenth of the capture.
+    """
+    previous = torch.fx.config.do_not_emit_stack_traces
+    torch.fx.config.do_not_emit_stack_traces = True
     try:
-        with warnings.catch_warnings():
+        with quiet("torch.export"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        torch.fx.config.do_not_emit_stack_traces = previous
 
 
 def first_lines(error: BaseException, count: int = 3) -> str:

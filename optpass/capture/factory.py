@@ -98,7 +98,7 @@ def _loaded(path: Path) -> Iterator[ModuleType]:
 def _function(namespace: ModuleType, request: Request) -> Any:
     found = getattr(namespace, request.function, None)
     if not callable(found):
-        functions = [name for name, value in vars(namespace).items() if inspect.isroutine(value) or inspect.isclass(value)]
+        functions = [name for name, value in vars(namespace).items() if callable(value) and not name.startswith("_")]
         raise UserError(f"{request.path} has no function {request.function!r}{nearest(request.function, functions)}")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,20 +52,23 @@ def read_pickled(path: Path) -> dict[str, Expression]:
     Raises:
         WeightError: the file is missing or damaged, would run code, or holds no state dict.
     """
-    state = _state_dict(path, load_weights_only(path))
+    state = _state_dict(path, load_weights_only(path, path))
     resolved = path.resolve()
     return {name: Mapped(resolved, name, tensor.detach()) for name, tensor in state.items()}
 
 
-def load_weights_only(path: Path) -> Any:
+def load_weights_only(source: Path | io.BytesIO, path: Path) -> Any:
     """``torch.load`` that refuses every class but tensors and plain containers.
+
+    ``path`` is what messages call ``source``.
 
     Raises:
         WeightError: the file is missing or damaged, or asks for anything else.
     """
+    # Files of torch before 1.6 are not zip archives and cannot be mapped.
+    mapped = isinstance(source, Path) and zipfile.is_zipfile(source)
     try:
-        # Files of torch before 1.6 are not zip archives and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise WeightError(f"cannot read weights {path}: {error.strerror or error}") from error
     except UnpicklingError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ from torch import nn
 
 from optpass.capture.checkpoint_weights import folder_weights, read_weights
 from optpass.capture.configs import config_path, model_config, refuse_remote_code
-from optpass.capture.diffusers_model import quiet
-from optpass.capture.export import build_fake, export_program, first_lines
+from optpass.capture.export import build_fake, export_program, first_lines, quiet
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
 from optpass.capture.request import Request
 from optpass.errors import UserError, nearest
@@ -37,7 +37,7 @@ def capture(request: Request) -> Program:
     raw, path = model_config(request.path), config_path(request.path)
     assert path is not None
     refuse_remote_code(raw, path, request.trust_remote_code)
-    with quiet("transformers"):
+    with quiet("transformers", logging.CRITICAL):
         config = _config(raw, path, request.trust_remote_code)
         module, mode = build_fake(lambda: _build(config, raw, path, request.trust_remote_code), request.dtype)
         checkpoint = None if request.structure_only else _weights(module, request)
@@ -122,7 +122,7 @@ def _renamed(module: Any, found: Mapping[str, Expression]) -> dict[str, Expressi
     rules = get_model_conversion_mapping(module)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    wanted = {name: tensor for name, tensor in module.state_dict().items()}
+    wanted = dict(module.state_dict())
     renamed: dict[str, Expression] = {}
     for name in sorted(found):
         target, converted = rename_source_key(name, renamings, converters, module.base_model_prefix, wanted)

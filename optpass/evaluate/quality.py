@@ -132,7 +132,8 @@ class Evaluator:
         """What the classifier sees in each frame of ``frames`` [N, F, C, H, W] in [0, 1]."""
         mean, std = self._pixels
         labels, features = classify(self._classifier, (frames.flatten(0, 1).float() - mean) / std)
-        return Reading(labels.unflatten(0, frames.shape[:2]), features.unflatten(0, frames.shape[:2]))
+        clips = frames.shape[:2]
+        return Reading(labels.reshape(clips), features.reshape(*clips, -1))
 
 
 _FILES = ("config.json", "model.safetensors", "preprocessor_config.json", REFERENCE_CONFIG, REFERENCE_TENSORS)
@@ -152,7 +153,7 @@ def load_classifier(folder: Path) -> Any:
 def classify(classifier: Any, pixels: Tensor, batch: int = 256) -> tuple[Tensor, Tensor]:
     """Labels [M] and pooled features [M, D] that ``classifier`` gives to normalised images [M, C, H, W]."""
     labels, features = [], []
-    for part in pixels.split(batch):
+    for part in torch.split(pixels, batch):
         pooled = classifier.base_model(pixel_values=part).pooler_output
         labels.append(classifier.classifier(pooled).argmax(-1))
         features.append(pooled.flatten(1))
@@ -182,7 +183,7 @@ def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()
     shift = (mean_a.double() - mean_b.double()).square().sum()
-    return max(0.0, (shift + a.trace() + b.trace() - 2 * cross).item())
+    return max(0.0, float(shift + a.trace() + b.trace() - 2 * cross))
 
 
 def temporal_consistency(frames: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from optpass.report.clips import Clips
+from optpass.report.units import decibels
 
+SHOWN = 16
 SMALL_BOX, LARGE_BOX = 96, 256
 GAINS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 100_000, 1_000_000)
 Pixels = npt.NDArray[np.uint8]
@@ -41,12 +43,18 @@ class Sample:
     psnr: float | None
     strips: tuple[Strip, ...]
 
+    @property
+    def psnr_text(self) -> str:
+        """Empty where there is no original to compare with."""
+        return "" if self.psnr is None else decibels(self.psnr)
+
 
 @dataclass(frozen=True)
 class Reel:
-    """All samples; a frame is shown at ``width`` × ``height`` CSS pixels at most; ``gain`` amplifies differences."""
+    """The samples shown, of ``total``; a frame is shown at ``width`` × ``height`` CSS pixels at most; ``gain`` amplifies differences."""
 
     samples: tuple[Sample, ...]
+    total: int
     frames: int
     width: int
     height: int
@@ -55,7 +63,7 @@ class Reel:
 
 
 def reel(clips: Clips) -> Reel:
-    """Every clip of ``clips`` as strips; frames larger than 256 pixels are reduced to that."""
+    """The first sixteen of ``clips`` as strips; frames larger than 256 pixels are reduced to that."""
     height, width = clips.after.shape[-2:]
     box = SMALL_BOX if max(height, width) <= SMALL_BOX else LARGE_BOX
     scale = box / max(height, width)
@@ -65,14 +73,8 @@ def reel(clips: Clips) -> Reel:
     pixels = shown if scale < 1 else (height, width)
     gap = None if clips.before is None else (clips.after.float() - clips.before.float()).abs()
     gain = None if gap is None else _gain(gap)
-    samples = tuple(_sample(clips, index, gap, gain, pixels) for index in range(len(clips.after)))
-    return Reel(samples, clips.frames, shown[1], shown[0], scale > 1, gain)
-
-
-def psnr(reference: Tensor, other: Tensor) -> float:
-    """Peak signal to noise in dB of images in [0, 1]; infinite when equal."""
-    noise = float(((reference.double() - other.double()) ** 2).mean())
-    return math.inf if noise == 0 else -10 * math.log10(noise)
+    samples = tuple(_sample(clips, index, gap, gain, pixels) for index in range(min(SHOWN, len(clips.after))))
+    return Reel(samples, len(clips.after), clips.frames, shown[1], shown[0], scale > 1, gain)
 
 
 def png(frames: Tensor, size: tuple[int, int]) -> str:
@@ -97,6 +99,8 @@ def _sample(clips: Clips, index: int, gap: Tensor | None, gain: int | None, size
     after = Strip("optimised", png(clips.after[index], size), f"{what}, made with the optimised model")
     if clips.before is None or gap is None:
         return Sample(label, caption, None, (after,))
+    from optpass.evaluate.quality import psnr
+
     ratio = psnr(clips.before[index], clips.after[index])
     before = Strip("original", png(clips.before[index], size), f"{what}, made with the original model")
     difference = Strip(

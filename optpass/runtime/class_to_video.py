@@ -150,11 +150,12 @@ class ClassToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The UNet's answer in float32; with guidance, from one call on [without class, with class]."""
         dtype = getattr(self.unet, "dtype", torch.float32)
         sample = torch.cat([latents, latents]) if len(context) > len(latents) else latents
-        answer = self.unet(sample.to(dtype), timestep, context.to(dtype), ids.to(dtype), return_dict=False)[0].float()
+        output = self.unet(sample.to(dtype), timestep, context.to(dtype), ids.to(dtype), return_dict=False)
+        answer: Tensor = output[0].float()
         if len(context) == len(latents):
             return answer
-        without, with_class = answer.chunk(2)
-        return without + guidance * (with_class - without)
+        count = len(latents)
+        return torch.lerp(answer[:count], answer[count:], guidance)
 
     def _encode_labels(self, classes: Tensor, guided: bool) -> Tensor:
         """Context tokens [B, 1, D], or [2·B, 1, D] with those of the null class first."""

@@ -67,7 +67,8 @@ LATENT_STD = 0.5  # a clip's frames are redundant: smaller latents leave more st
 @dataclass(frozen=True)
 class Hyperparameters:
     seed: int = 0
-    steps: int = 2200
+    steps: int = 1400
+    timestep_shift: float = 2.5
     batch: int = 16
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
@@ -375,12 +376,14 @@ def draw_batch(vae: AutoencoderTiny, data: tuple[Tensor, Tensor], parameters: Hy
     clips = moving_digits(*data, count, generator)
     latents = encode(vae, clips.frames)
     evenly = (torch.arange(count) + torch.rand(1, generator=generator)) / count
+    shift = parameters.timestep_shift
+    shifted = shift * evenly / (1 + (shift - 1) * evenly)
     dropped = torch.rand(count, generator=generator) < parameters.class_dropout
     ids = torch.stack([torch.full((count,), FPS), clips.motion_bucket_id, torch.zeros(count)], dim=1)
     return Batch(
         latents=latents,
         noise=torch.randn(latents.shape, generator=generator),
-        timesteps=(evenly * 1000).long(),
+        timesteps=(shifted * 1000).long().clamp(max=999),
         labels=torch.where(dropped, NULL_CLASS, clips.labels),
         added_time_ids=ids,
     )
@@ -422,6 +425,7 @@ def train_diffusion(
         optimizer.load_state_dict(state["optimizer"])
         average, first = state["average"], state["step"]
     forward = torch.compile(model) if compiled else model
+    print(f"diffusion from step {first}: {parameters}", flush=True)
     progress, saved = Progress("diffusion", first, parameters.steps), time.monotonic()
     last = min(parameters.steps, stop_after or parameters.steps)
     for step in range(first, last):
@@ -473,6 +477,8 @@ def export(work: Path, folder: Path) -> None:
         write_index(staging / "model_index.json")
         for item in sorted(staging.iterdir()):
             replace(item, folder / item.name)
+    for weights in folder.glob("*/*.safetensors"):
+        weights.chmod(0o644)
 
 
 def replace(source: Path, target: Path) -> None:
@@ -593,6 +599,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=HERE, help="the checkpoint's folder")
     parser.add_argument("--steps", type=int, default=Hyperparameters.steps, help="of the diffusion stage")
     parser.add_argument("--resume", action="store_true", help="continue the diffusion stage")
+    parser.add_argument("--stop-after", type=int, help="end the diffusion stage early, resumably, at this step")
+    parser.add_argument("--timestep-shift", type=float, default=Hyperparameters.timestep_shift, help="1: uniform")
     parser.add_argument("--compile", action="store_true", help="torch.compile the diffusion stage: a third faster")
     parser.add_argument("--clips", type=int, default=500, help="of the evaluate stage")
     parser.add_argument("--sampling-steps", type=int, default=20)
@@ -613,7 +621,11 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "autoencoder": lambda options: train_autoencoder(options.work),
     "classifier": lambda options: train_classifier(options.work),
     "diffusion": lambda options: train_diffusion(
-        options.work, Hyperparameters(steps=options.steps), options.resume, options.compile
+        options.work,
+        Hyperparameters(steps=options.steps, timestep_shift=options.timestep_shift),
+        options.resume,
+        options.compile,
+        stop_after=options.stop_after,
     ),
     "export": lambda options: export(options.work, options.folder),
     "evaluate": write_evaluation,

@@ -1,0 +1,161 @@
+"""What a Program costs, from the graphs alone: no execution, no weight read, linear time.
+
+Conventions, which differ between papers: MACs as in :mod:`optpass.analysis.mac_rules`; FLOPs are
+2·MAC; the products inside attention are counted and also given apart, because some counters miss
+them (DeepSpeed and torch's FlopCounterMode do not see every fused attention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from optpass.analysis.attention import attention_products
+from optpass.analysis.liveness import peak_activation_bytes
+from optpass.analysis.mac_rules import macs_of
+from optpass.ir.graph import Graph
+from optpass.ir.program import Program
+from optpass.ir.text import operator_name
+from optpass.ir.weights import Constant, Expression, WeightStore
+
+STATISTICS = ("running_mean", "running_var")
+"""Arguments of normalisations that hold statistics, which nobody counts as parameters."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """``parameters`` in elements, ``macs`` with attention, ``macs_attention`` QKᵀ and AV alone."""
+
+    parameters: int
+    macs: int
+    macs_attention: int
+    weight_bytes: int
+    peak_activation_bytes: int
+
+    def flops(self, *, attention: bool = True) -> int:
+        """2·MAC; ``attention=False`` leaves QKᵀ and AV out, as several published counts do."""
+        return 2 * (self.macs if attention else self.macs - self.macs_attention)
+
+    def as_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """One operator node: its name, module path, ATen name and MACs."""
+
+    name: str
+    path: str
+    operator: str
+    macs: int
+    attention: bool
+
+
+@dataclass(frozen=True)
+class EntryCost:
+    """One graph: its totals, its nodes, and the elements of each parameter it reads."""
+
+    totals: Totals
+    nodes: tuple[NodeCost, ...]
+    parameters: Mapping[str, int]
+
+    def by_module(self, depth: int = 1) -> dict[str, dict[str, int]]:
+        """``parameters``, ``macs`` and ``macs_attention`` by the first ``depth`` parts of the module path.
+
+        Nodes and weights of the outermost module stand under ``(root)``.
+        """
+        rows: dict[str, dict[str, int]] = {}
+        for node in self.nodes:
+            row = rows.setdefault(_prefix(node.path, depth), {"parameters": 0, "macs": 0, "macs_attention": 0})
+            row["macs"] += node.macs
+            row["macs_attention"] += node.macs if node.attention else 0
+        for name, count in self.parameters.items():
+            place = _prefix(name.rpartition(".")[0], depth)
+            rows.setdefault(place, {"parameters": 0, "macs": 0, "macs_attention": 0})["parameters"] += count
+        return rows
+
+    def by_operator(self) -> dict[str, dict[str, int]]:
+        """``count``, ``macs`` and ``macs_attention`` by ATen name, the most expensive first."""
+        rows: dict[str, dict[str, int]] = {}
+        for node in self.nodes:
+            row = rows.setdefault(node.operator, {"count": 0, "macs": 0, "macs_attention": 0})
+            row["count"] += 1
+            row["macs"] += node.macs
+            row["macs_attention"] += node.macs if node.attention else 0
+        return dict(sorted(rows.items(), key=lambda item: (-item[1]["macs"], -item[1]["count"], item[0])))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Every entry, and the Program: shared weights once, MACs summed, the worst entry's peak."""
+
+    entries: Mapping[str, EntryCost]
+    totals: Totals
+
+    def as_json(self) -> dict[str, Any]:
+        """``{"entries": {name: {"totals": …}}, "totals": …}``."""
+        entries = {name: {"totals": entry.totals.as_json()} for name, entry in self.entries.items()}
+        return {"entries": entries, "totals": self.totals.as_json()}
+
+
+def measure(program: Program) -> Cost:
+    """The cost of ``program``; works on a structure-only capture too.
+
+    Parameters are the floating weights that a graph reads, each once, without normalisation
+    statistics and without data that the model's code computes (position tables, literals).
+    """
+    entries = {name: _measure_entry(graph, program.weights) for name, graph in program.entries.items()}
+    parameters = {name: count for entry in entries.values() for name, count in entry.parameters.items()}
+    each = [entry.totals for entry in entries.values()]
+    totals = Totals(
+        parameters=sum(parameters.values()),
+        macs=sum(totals.macs for totals in each),
+        macs_attention=sum(totals.macs_attention for totals in each),
+        weight_bytes=program.used_weights().nbytes,
+        peak_activation_bytes=max((totals.peak_activation_bytes for totals in each), default=0),
+    )
+    return Cost(entries, totals)
+
+
+def _measure_entry(graph: Graph, weights: WeightStore) -> EntryCost:
+    products = attention_products(graph)
+    nodes = tuple(
+        NodeCost(node.name, str(node.meta.get("path", "")), operator_name(node), macs_of(node), node in products)
+        for node in graph.calls
+    )
+    read = graph.weight_names
+    statistics = {str(node.target) for node in _statistics(graph.calls)}
+    parameters = {name: weights[name].numel for name in read if name not in statistics and _is_parameter(weights[name])}
+    totals = Totals(
+        parameters=sum(parameters.values()),
+        macs=sum(node.macs for node in nodes),
+        macs_attention=sum(node.macs for node in nodes if node.attention),
+        weight_bytes=sum(weights[name].nbytes for name in read),
+        peak_activation_bytes=peak_activation_bytes(graph),
+    )
+    return EntryCost(totals, nodes, parameters)
+
+
+def _statistics(nodes: Iterable[Node]) -> Iterable[Node]:
+    for node in nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.name in STATISTICS and isinstance(value, Node):
+                yield value
+
+
+def _is_parameter(expression: Expression) -> bool:
+    if not expression.dtype.is_floating_point:
+        return False
+    if isinstance(expression, Constant):
+        return not expression.computed
+    return not expression.operands() or any(map(_is_parameter, expression.operands()))
+
+
+def _prefix(path: str, depth: int) -> str:
+    return ".".join(path.split(".")[:depth]) or "(root)"

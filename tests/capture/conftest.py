@@ -1,0 +1,121 @@
+"""Random models of known families, saved the way their libraries save them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from optpass.evaluate.difference import random_inputs
+from optpass.ir.program import Program
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values everywhere, zero-initialised layers and running statistics included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+            if name.endswith("running_var"):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def random_weights() -> Callable[[nn.Module], nn.Module]:
+    return randomise
+
+
+@pytest.fixture(scope="session")
+def assert_same_function() -> Callable[..., None]:
+    """Check that a Program computes what the eager module computes, on random inputs in their ranges."""
+
+    def check(program: Program, module: nn.Module, *, atol: float = 1e-5) -> None:
+        graph = program.entries["full"]
+        tensors = random_inputs(graph.inputs, program.ranges, seed=1)
+        arguments = graph.signature.arguments.unflatten(tensors)
+        with torch.no_grad():
+            expected = leaves(module.eval()(**arguments))
+            found = graph.module(program.weights)(*(tensors[spec.name] for spec in graph.inputs))
+        assert len(found) == len(expected)
+        for got, want in zip(found, expected, strict=True):
+            assert float(want.abs().max()) > 1e-3
+            torch.testing.assert_close(got, want, atol=atol * float(want.abs().max()), rtol=0)
+
+    return check
+
+
+def leaves(value: Any) -> list[Tensor]:
+    found, _ = torch.utils._pytree.tree_flatten(value)
+    return [item for item in found if isinstance(item, Tensor)]
+
+
+@pytest.fixture
+def config_folder(tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
+    """A folder that holds nothing but a config.json."""
+
+    def write(config: Mapping[str, Any]) -> Path:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return folder
+
+    return write
+
+
+UNET = {
+    "sample_size": 8,
+    "in_channels": 2,
+    "out_channels": 2,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
+@pytest.fixture(scope="session")
+def small_unet() -> nn.Module:
+    from diffusers import UNet2DModel
+
+    return randomise(UNet2DModel(**UNET))
+
+
+@pytest.fixture
+def unet_folder(tmp_path: Path, small_unet: Any) -> Path:
+    """A small UNet2DModel saved by diffusers."""
+    folder = tmp_path / "unet"
+    small_unet.save_pretrained(folder)
+    return folder
+
+
+class Runs:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    """The file that exists once code of a checkpoint ran."""
+    return tmp_path / "code-ran"
+
+
+@pytest.fixture
+def runs(marker: Path) -> Runs:
+    """An object that creates ``marker`` when it is unpickled."""
+    return Runs(marker)
