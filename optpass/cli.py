@@ -154,18 +154,10 @@ def _print_inspection(facts: dict[str, Any]) -> None:
         console.out.print()
         rows = [console.totals_row("total", entry["totals"])]
         console.out.print(console.table("", console.TOTALS_HEADERS, rows))
-        headers = ("module", "parameters", "MACs")
-        modules = [
-            [path, console.millions(cost["parameters"]), console.giga(cost["macs"])]
-            for path, cost in entry["by_module"].items()
-        ]
         console.out.print()
-        console.out.print(console.table("", headers, modules))
-        operators = [
-            [name, str(cost["count"]), console.giga(cost["macs"])] for name, cost in entry["by_operator"].items()
-        ]
+        console.out.print(console.cost_table("module", entry["by_module"]))
         console.out.print()
-        console.out.print(console.table("", ("operator", "count", "MACs"), operators))
+        console.out.print(console.cost_table("operator", entry["by_operator"]))
     console.out.print("\n1 MAC = 2 FLOP; linear, convolution, matmul and attention are counted", style="dim")
 
 
@@ -453,5 +445,5 @@ def _fail(message: str, code: int, *, reproducer: Path | None = None) -> None:
         error = {"message": message, "exit_code": code, "reproducer": str(reproducer) if reproducer else None}
         console.print_json({"error": error})
     console.err.print("[bold red]error:[/bold red]", end=" ")
-    console.err.print(message, markup=False)
+    console.err.print(message, markup=False, soft_wrap=True)
     raise SystemExit(code)

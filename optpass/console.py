@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from optpass.jsonable import finite
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -41,17 +42,6 @@ def progress_display(quiet: bool = False) -> Iterator[Callable[[str, float], Non
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on stdout; NaN and infinities as null, so that every parser takes it."""
     sys.stdout.write(json.dumps(finite(value), indent=2) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """``value`` with non-finite floats replaced by ``None``, all the way down."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value
 
 
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
@@ -93,6 +83,18 @@ def totals_row(label: str, totals: Mapping[str, float]) -> list[str]:
         size(totals["weight_bytes"]),
         size(totals["peak_activation_bytes"]),
     ]
+
+
+def cost_table(noun: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
+    """Costs by module or operator; what costs nothing is counted in the last row."""
+    costly = {name: cost for name, cost in rows.items() if cost["macs"] or cost.get("parameters")}
+    columns = [key for key in ("count", "parameters", "macs") if any(key in cost for cost in rows.values())]
+    shown: dict[str, Callable[[int], str]] = {"count": str, "parameters": millions, "macs": giga}
+    cells = [[name, *(shown[key](cost[key]) for key in columns)] for name, cost in costly.items()]
+    if free := len(rows) - len(costly):
+        cells.append([f"{free} more without cost", *("" for _ in columns)])
+    titles = {"count": "count", "parameters": "parameters", "macs": "MACs"}
+    return table("", (noun, *(titles[key] for key in columns)), cells)
 
 
 TOTALS_HEADERS = ("", "parameters", "MACs", "of which attention", "weights", "peak activations")

@@ -36,7 +36,8 @@ def to_exported(graph: Graph) -> ExportedProgram:
     Raises:
         DialectError: torch's verifier refuses the graph; the message names what it refuses.
     """
-    lifted, copies = FxGraph(), {}
+    lifted = FxGraph()
+    copies: dict[Node, Node] = {}
     inputs, state = _lift_weights(graph, lifted, copies)
     for node in [*graph.placeholders, *graph.calls]:
         copies[node] = lifted.node_copy(node, copies.__getitem__)
@@ -67,9 +68,7 @@ def to_exported(graph: Graph) -> ExportedProgram:
         raise DialectError(f"the graph is no exported program: {str(error).strip()}") from error
 
 
-def _lift_weights(
-    graph: Graph, lifted: FxGraph, copies: dict[Node, Node]
-) -> tuple[list[InputSpec], dict[str, Tensor]]:
+def _lift_weights(graph: Graph, lifted: FxGraph, copies: dict[Node, Node]) -> tuple[list[InputSpec], dict[str, Tensor]]:
     """One placeholder a weight, in first use; its name is none of the graph's own."""
     taken = {node.name for node in graph.fx.nodes if node.op != "get_attr"}
     specs: list[InputSpec] = []

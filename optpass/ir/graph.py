@@ -54,7 +54,8 @@ class Graph:
 
     @property
     def output_node(self) -> Node:
-        return next(iter(reversed(self.fx.nodes)))
+        node: Node = next(iter(reversed(self.fx.nodes)))
+        return node
 
     @property
     def calls(self) -> list[Node]:

@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from optpass.errors import WeightError
+from optpass.errors import UserError, WeightError
 from optpass.ir.hashing import tensor_bytes
-from optpass.ir.weights import Expression, Shape
+from optpass.ir.weights import Expression, Shape, dtype_name
 
 FILE_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -42,6 +42,8 @@ FILE_DTYPES: dict[str, torch.dtype] = {
 }
 NAMES_IN_FILE = {dtype: name for name, dtype in FILE_DTYPES.items()}
 HEADER_LIMIT = 100_000_000
+METADATA = "__metadata__"
+POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Stored(Expression):
 
     def evaluate(self) -> Tensor:
         try:
-            tensor: Tensor = _opened(self.path).get_tensor(self.key)
+            status = self.path.stat()
+            tensor: Tensor = _opened(self.path, status.st_size, status.st_mtime_ns).get_tensor(self.key)
         except (SafetensorError, OSError) as error:
             raise WeightError(f"{self.path}: cannot read {self.key!r}: {error}") from error
         return tensor
@@ -68,7 +71,8 @@ class Stored(Expression):
 
 
 @lru_cache(maxsize=32)
-def _opened(path: Path) -> Any:
+def _opened(path: Path, size: int, modified: int) -> Any:
+    """The open map; ``size`` and ``modified`` (ns) keep a replaced file from being read through the old map."""
     return safe_open(path, framework="pt")
 
 
@@ -95,34 +99,62 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if _is_pointer(file.read(len(POINTER) - 8), length):
+                raise WeightError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+            file.seek(8)
             if size < 8 or length > min(size - 8, HEADER_LIMIT):
                 raise WeightError(f"{path}: truncated or not a safetensors file ({size} bytes)")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_distinct)
     except OSError as error:
         raise WeightError(f"cannot read weights {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightError(f"{path}: damaged safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise WeightError(f"{path}: damaged safetensors header: not an object")
-    header.pop("__metadata__", None)
+    header.pop(METADATA, None)
     for key, entry in header.items():
         _check_entry(path, key, entry, size - 8 - length)
+    _check_coverage(path, header, size - 8 - length)
     return header
+
+
+def _is_pointer(rest: bytes, length: int) -> bool:
+    return length.to_bytes(8, "little") + rest == POINTER
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
 
 
 def _check_entry(path: Path, key: str, entry: Any, available: int) -> None:
     try:
         begin, end = entry["data_offsets"]
         dtype = FILE_DTYPES.get(entry["dtype"])
-        expected = prod(int(n) for n in entry["shape"]) * (dtype.itemsize if dtype else 0)
+        if not all(isinstance(n, int) and n >= 0 for n in (*entry["shape"], begin, end)):
+            raise ValueError("sizes and offsets are whole numbers")
+        expected = prod(entry["shape"]) * (dtype.itemsize if dtype else 0)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightError(f"{path}: damaged safetensors header at {key!r}") from error
     if dtype is None:
         raise WeightError(f"{path}: tensor {key!r} has the unsupported dtype {entry['dtype']!r}")
-    if not 0 <= begin <= end or end - begin != expected:
+    if end - begin != expected:
         raise WeightError(f"{path}: damaged safetensors header: offsets of {key!r} do not fit its shape")
     if end > available:
         raise WeightError(f"{path}: truncated: the data of {key!r} ends {end - available} bytes past the file")
+
+
+def _check_coverage(path: Path, header: Mapping[str, Mapping[str, Any]], available: int) -> None:
+    """The format wants the tensors to fill the data without holes, overlaps or a rest."""
+    reached = 0
+    for begin, end in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
+        if begin != reached:
+            raise WeightError(f"{path}: damaged safetensors header: hole or overlap at byte {min(begin, reached)}")
+        reached = end
+    if reached != available:
+        raise WeightError(f"{path}: damaged: {available - reached} bytes belong to no tensor")
 
 
 def write_safetensors(
@@ -135,34 +167,50 @@ def write_safetensors(
 ) -> str:
     """Stream ``tensors`` to ``path``, holding one tensor at a time; the file's hex SHA-256.
 
-    ``progress`` is called with the number of bytes just written.
+    Wider dtypes come first in the file, so that every tensor is aligned to its own size. ``progress``
+    is called with the number of bytes just written. On failure no file is left.
 
     Raises:
-        WeightError: a tensor holds NaN or Inf (unless ``allow_nonfinite``) or cannot be read.
+        WeightError: a tensor holds NaN or Inf (unless ``allow_nonfinite``), cannot be read, or has a
+            dtype that the format lacks.
+        UserError: the file cannot be written (disk full, no permission).
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    text = _header(ordered, metadata or {})
+    digest = hashlib.sha256()
+    try:
+        with path.open("wb") as file:
+            for piece in (len(text).to_bytes(8, "little"), text):
+                file.write(piece)
+                digest.update(piece)
+            for name, expression in ordered.items():
+                data = tensor_bytes(checked(name, expression, allow_nonfinite=allow_nonfinite))
+                file.write(data)
+                digest.update(data)
+                progress(len(data))
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+    return digest.hexdigest()
+
+
+def _header(tensors: Mapping[str, Expression], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     offset = 0
     for name, expression in tensors.items():
+        if expression.dtype not in NAMES_IN_FILE or name == METADATA:
+            raise WeightError(f"weight {name!r} ({dtype_name(expression.dtype)}) cannot be stored in safetensors")
+        end = offset + expression.nbytes
         header[name] = {
             "dtype": NAMES_IN_FILE[expression.dtype],
             "shape": list(expression.shape),
-            "data_offsets": [offset, offset + expression.nbytes],
+            "data_offsets": [offset, end],
         }
-        offset += expression.nbytes
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            file.write(piece)
-            digest.update(piece)
-        for name, expression in tensors.items():
-            value = checked(name, expression, allow_nonfinite=allow_nonfinite)
-            data = tensor_bytes(value)
-            file.write(data)
-            digest.update(data)
-            progress(len(data))
-    return digest.hexdigest()
+    return text + b" " * (-len(text) % 8)
 
 
 def checked(name: str, expression: Expression, *, allow_nonfinite: bool = False) -> Tensor:
@@ -174,9 +222,10 @@ def checked(name: str, expression: Expression, *, allow_nonfinite: bool = False)
     value = expression.evaluate()
     if tuple(value.shape) != tuple(expression.shape) or value.dtype != expression.dtype:
         raise AssertionError(f"{name}: {expression} promised another shape or dtype than it gave")
-    if allow_nonfinite or not value.dtype.is_floating_point or value.dtype.itemsize == 1:
+    if allow_nonfinite or not (value.dtype.is_floating_point or value.dtype.is_complex):
         return value
-    finite = torch.isfinite(value)
+    # torch has no isfinite for the 8-bit floats.
+    finite = torch.isfinite(value.half() if value.dtype.itemsize == 1 else value)
     if not bool(finite.all()):
         broken = int((~finite).sum())
         raise WeightError(

@@ -139,6 +139,7 @@ class Select(Expression):
     indices: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        _check_dimension(self.dim, self.operand)
         size = self.operand.shape[self.dim]
         if any(not 0 <= index < size for index in self.indices):
             raise ValueError(f"an index is outside dimension {self.dim} of size {size}")
@@ -172,15 +173,21 @@ class Concat(Expression):
     dim: int
 
     def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("nothing to concatenate")
         first = self.parts[0]
+        _check_dimension(self.dim, first)
         for part in self.parts[1:]:
-            others = [
-                a == b
-                for i, (a, b) in enumerate(zip(first.shape, part.shape, strict=True))
-                if i != self.dim % len(first.shape)
-            ]
-            if part.dtype != first.dtype or not all(others):
-                raise ValueError(f"cannot concatenate {part.shape} to {first.shape} along {self.dim}")
+            if part.dtype != first.dtype or self._others(part) != self._others(first):
+                raise ValueError(
+                    f"cannot concatenate {dtype_name(part.dtype)}{list(part.shape)} to"
+                    f" {dtype_name(first.dtype)}{list(first.shape)} along {self.dim}"
+                )
+
+    def _others(self, part: Expression) -> list[int]:
+        """The rank and the sizes that all parts share."""
+        joined = self.dim % len(self.parts[0].shape)
+        return [len(part.shape), *(size for i, size in enumerate(part.shape) if i != joined)]
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -211,7 +218,7 @@ class Reshape(Expression):
     shape: Shape
 
     def __post_init__(self) -> None:
-        if prod(self.shape) != self.operand.numel:
+        if prod(self.shape) != self.operand.numel or any(size < 0 for size in self.shape):
             raise ValueError(f"cannot reshape {self.operand.shape} to {self.shape}")
 
     @property
@@ -381,6 +388,12 @@ class WeightStore(Mapping[str, Expression]):
     @property
     def nbytes(self) -> int:
         return sum(expression.nbytes for expression in self._expressions.values())
+
+
+def _check_dimension(dim: int, operand: Expression) -> None:
+    rank = len(operand.shape)
+    if not -rank <= dim < rank:
+        raise ValueError(f"there is no dimension {dim} in {list(operand.shape)}")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

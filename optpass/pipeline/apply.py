@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from optpass import __version__
 from optpass.analysis.cost import measure
+from optpass.capture.digest import checkpoint_digest
 from optpass.capture.sources import capture
 from optpass.errors import OptpassError, UserError
 from optpass.evaluate.metrics import Scope
@@ -23,6 +20,7 @@ from optpass.pipeline.evidence import Evidence, collect_evidence
 from optpass.pipeline.gates import Gate
 from optpass.pipeline.manager import Callback, Event, PassRecord, run_passes
 from optpass.pipeline.recipe import Recipe
+from optpass.pipeline.records import machine, write_records
 from optpass.pipeline.reproducer import Reproducer
 from optpass.pipeline.request import Progress, Request
 from optpass.pipeline.target import LoweredEntry, Lowering
@@ -30,7 +28,6 @@ from optpass.pipeline.verification import Verification
 from optpass.runtime.bundle import BundleWriter
 
 REPORT_SCHEMA = 1
-TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,8 @@ def apply(
                 "pass --structure-only to get the report without engines"
             )
         program, records, gates = _run(recipe, request, original, callbacks, progress)
+        if lowers:
+            writer.reserve(program)
         engines = _lower(recipe, request, program, writer.folder, progress) if lowers else {}
         evidence = (
             collect_evidence(recipe, request, original, program, engines, writer.folder, progress)
@@ -79,13 +78,14 @@ def apply(
         report["structure_only"] = not program.has_values
         report["seconds"] = time.perf_counter() - started
         progress("write", 0.0)
-        writer.finish(recipe=recipe, program=program, engines=engines, report=report, clips=evidence.clips)
+        write_records(writer.folder, recipe, report, evidence.clips)
+        writer.finish(program=program, target=recipe.target_name, options=recipe.target.as_options(), engines=engines)
         progress("write", 1.0)
     return Applied(request.out, report)
 
 
 def _capture(recipe: Recipe, request: Request) -> Program:
-    return capture(
+    program = capture(
         request.checkpoint,
         inputs={**recipe.inputs, **request.inputs},
         structure_only=request.structure_only,
@@ -93,6 +93,7 @@ def _capture(recipe: Recipe, request: Request) -> Program:
         component=request.component,
         trust_remote_code=request.trust_remote_code,
     )
+    return replace(program, origin=replace(program.origin, digest=checkpoint_digest(program)))
 
 
 def _run(
@@ -183,27 +184,3 @@ def _engine(entry: str, engine: LoweredEntry) -> dict[str, Any]:
         "nodes": details.pop("nodes", None),
         "details": details,
     }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures of a report were measured on."""
-    import os
-
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of everything that shapes a bundle, for its lock file."""
-    found = {"optpass": __version__, "python": platform.python_version()}
-    for name in TOOLS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -36,8 +36,9 @@ class Context:
     declined: list[Declined] = field(default_factory=list)
 
     def rewrote(self, where: fx.Node | str, entry: str = "full") -> None:
-        """One more site was changed."""
-        self.sites.append(path_of(where) if isinstance(where, fx.Node) else where)
+        """One more site was changed; a site of another entry than ``full`` is told as ``entry:path``."""
+        path = path_of(where) if isinstance(where, fx.Node) else where
+        self.sites.append(path if entry == "full" else f"{entry}:{path}")
 
     def decline(self, where: fx.Node | str, reason: str, entry: str = "full") -> None:
         """``where`` was considered and left alone."""

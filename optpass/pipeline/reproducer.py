@@ -29,10 +29,13 @@ class Reproducer:
         if event.kind != "failed" or isinstance(event.error, (UserError, KeyboardInterrupt)):
             return  # a user's mistake is reproduced by the command itself
         from optpass.ir.storage import save_program
+        from optpass.runtime.components import copy_components
 
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         save_program(event.before, self.folder / "program", allow_nonfinite=True)
+        # Beside the program, where loading looks for them: quality gates need the rest of the pipeline.
+        copy_components(event.original.origin, self.folder / "components")
         (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self._recipe(event), sort_keys=False), "utf-8")
         (self.folder / "before.txt").write_text(program_text(event.before), "utf-8")
         lines = traceback.format_exception(event.error) if event.error else []

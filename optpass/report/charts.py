@@ -173,5 +173,5 @@ def latencies(timings: Sequence[Timing], unit: str) -> Chart | None:
     )
     told = "; ".join(f"{row.name or NO_VALUE}: {row.value}" for row in rows)
     runs = ", ".join(f"{timing.runs:,} calls" for timing in timings[-1:] if timing.runs)
-    note = "┃ median; hatched band: 10th to 90th percentile" + (f" of {runs} each" if runs else "")
+    note = "┃ median; band around it: 10th to 90th percentile" + (f" of {runs} each" if runs else "")
     return Chart("latency", "Time of one call", f"Time of one call, median and p10–p90: {told}.", rows, note)

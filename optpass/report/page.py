@@ -216,7 +216,7 @@ def _sample_facts(samples: Mapping[str, Any]) -> Pairs:
 def _quality(samples: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
     before, after = section(samples, "quality_before"), section(samples, "quality_after")
     return tuple(
-        (str(name).replace("_", " "), _quality_value(name, before), _quality_value(name, after))
+        (str(name).replace("_", " ").replace("frechet", "Fréchet"), _quality_value(name, before), _quality_value(name, after))
         for name in {**before, **after}
     )
 
@@ -258,7 +258,7 @@ def _yaml(document: Any) -> str:
     if not document:
         return ""
     try:
-        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
+        return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10_000)
     except yaml.YAMLError:
         return plain(document)
 

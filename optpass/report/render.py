@@ -36,6 +36,7 @@ def _environment() -> Environment:
         loader=FunctionLoader(_own_text), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["path"] = breakable
+    environment.filters["together"] = together
     environment.filters["yaml"] = marked_yaml
     return environment
 
@@ -48,6 +49,11 @@ def breakable(path: str) -> Markup:
     """A module path or file name, escaped, that may break after its dots, slashes and underscores."""
     parts = re.split(r"(?<=[._/])", str(path))
     return Markup("<wbr>").join(escape(part) for part in parts if part)
+
+
+def together(prose: str) -> str:
+    """Prose whose numbers do not part from their units at the end of a line."""
+    return re.sub(r"(?<=\d) (?=(?:%|dB|ms|µs|s)(?:\W|$))", "\N{NO-BREAK SPACE}", prose)
 
 
 def marked_yaml(document: str) -> Markup:

@@ -58,7 +58,7 @@ def _passes_sentence(passes: Sequence[PassView], changes: Mapping[str, units.Cha
         return f"{some} {'changed nothing' if len(passes) == 1 else 'changed anything'}: the costs are as they were."
     sites = sum(item.sites for item in modified)
     who = (
-        modified[0].name
+        f"The pass {modified[0].name}"
         if len(passes) == 1
         else f"{len(modified)} of {len(passes)} passes" if len(modified) < len(passes) else f"{len(passes)} passes"
     )

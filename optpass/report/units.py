@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Direction = Literal["less", "more", "same", "unknown"]
-MINUS, NO_VALUE, THIN = "−", "—", " "
+MINUS, NO_VALUE = "−", "—"
 SI = ("", "k", "M", "G", "T", "P", "E")
 BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -63,7 +63,7 @@ def scientific(value: float | None) -> str:
         return NO_VALUE
     if not math.isfinite(value):
         return _not_finite(value)
-    return "0" if value == 0 else f"{value:.2g}".replace("-", MINUS)
+    return "0" if value == 0 else f"{value:.1e}".replace("-", MINUS)
 
 
 def decibels(value: float | None) -> str:

@@ -82,7 +82,7 @@ def _class_to_video(
     for index, label in enumerate(chosen):
         # One clip a call: an engine has the batch that it was built for, two with guidance.
         result = pipeline([label], num_inference_steps=steps, guidance_scale=guidance, seeds=[seed + index])
-        clips.append(result.frames)
+        clips.append(torch.as_tensor(result.frames))
         progress((index + 1) / samples)
     return Samples(torch.cat(clips), torch.tensor(chosen))
 

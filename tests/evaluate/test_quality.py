@@ -152,7 +152,7 @@ def test_a_damaged_evaluator_is_refused(tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "reference.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(UserError, match="damaged|cannot be read"):
+    with pytest.raises(UserError, match=r"damaged|cannot be read"):
         Evaluator.load(tmp_path)
 
 

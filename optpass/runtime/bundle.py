@@ -1,0 +1,337 @@
+"""The bundle: a folder of engines with ``manifest.json``, written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import BaseModel
+
+from optpass import __version__
+from optpass.errors import UserError
+from optpass.ir.graph import TensorSpec
+from optpass.ir.hashing import file_digest
+from optpass.ir.program import InputRange, Program
+from optpass.ir.signature import Signature
+from optpass.ir.weights import dtype_from_name
+from optpass.pipeline.options import validated
+from optpass.pipeline.target import LoweredEntry
+from optpass.runtime.components import component_files, copy_components
+
+MANIFEST = "manifest.json"
+COMPONENTS = "components"
+SCHEMA = 1
+
+
+class FileRecord(BaseModel):
+    """A file of the bundle as it was written."""
+
+    sha256: str
+    bytes: int
+
+
+class TensorRecord(BaseModel):
+    """Name, shape and dtype (``f32``, ``i64`` …) of an engine's input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def spec(self) -> TensorSpec:
+        """As the IR has it.
+
+        Raises:
+            UserError: the dtype is unknown.
+        """
+        return TensorSpec(self.name, self.shape, dtype_from_name(self.dtype))
+
+
+class EntryRecord(BaseModel):
+    """One engine: its main file, its flat tensors, and the call around them."""
+
+    engine: str
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
+    signature: dict[str, Any]
+    details: dict[str, Any] = {}
+
+    def call(self) -> Signature:
+        """The captured module's call.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        try:
+            return Signature.from_json(self.signature)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"the signature of {self.engine} is damaged: {error!r}") from error
+
+
+class TargetRecord(BaseModel):
+    """The target that lowered and loads the engines, and its options."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class LoopRecord(BaseModel):
+    """Which entry runs at every step."""
+
+    entry: str
+
+
+class RangeRecord(BaseModel):
+    """What random values of an input may be."""
+
+    low: float
+    high: float
+    distribution: str
+
+
+class Manifest(BaseModel):
+    """``manifest.json``. ``components`` is the folder of the pipeline's other parts, relative to the bundle."""
+
+    schema_version: int
+    optpass: str
+    target: TargetRecord
+    entries: dict[str, EntryRecord]
+    loop: LoopRecord | None = None
+    ranges: dict[str, RangeRecord] = {}
+    origin: dict[str, Any] = {}
+    components: str | None = None
+    files: dict[str, FileRecord]
+
+    def input_ranges(self) -> dict[str, InputRange]:
+        """The captured ranges, by input name."""
+        return {name: InputRange(span.low, span.high, span.distribution) for name, span in self.ranges.items()}
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The manifest of ``bundle``; every path in it stays inside the folder.
+
+    Raises:
+        UserError: there is no bundle, its manifest is damaged, newer than this optpass, or leaves the folder.
+    """
+    path = bundle / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{bundle} is no bundle: cannot read {MANIFEST}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: not valid JSON ({error})") from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise UserError(f"{path} is no manifest of optpass: it has no schema_version")
+    if version > SCHEMA:
+        raise UserError(f"{path} has schema {version}, and this optpass reads up to {SCHEMA}: install a newer optpass")
+    manifest = validated(Manifest, data, f"{path} is damaged")
+    for name in [*manifest.files, *(entry.engine for entry in manifest.entries.values())]:
+        file_inside(bundle, name)
+    if manifest.components is not None:
+        file_inside(bundle, manifest.components)
+    if manifest.loop and manifest.entries and manifest.loop.entry not in manifest.entries:
+        raise UserError(f"{path} is damaged: the loop's entry {manifest.loop.entry!r} is not there")
+    return manifest
+
+
+def file_inside(bundle: Path, name: str) -> Path:
+    """``bundle / name``, where ``name`` came from a manifest.
+
+    Raises:
+        UserError: it is absolute, climbs out, or is a link to a place outside of the bundle.
+    """
+    home = bundle.resolve()
+    try:
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts and "\\" not in name
+        inside = inside and bool(name) and (home / name).resolve().is_relative_to(home)
+    except (OSError, ValueError):
+        inside = False
+    if not inside:
+        raise UserError(f"{bundle / MANIFEST} names {name!r}, which is outside the bundle; refused")
+    return bundle / name
+
+
+def verify_files(bundle: Path, manifest: Manifest) -> None:
+    """Compare every file with its recorded size and hash.
+
+    Raises:
+        UserError: a file is missing or changed, or an engine has no hash.
+    """
+    for entry in manifest.entries.values():
+        if entry.engine not in manifest.files:
+            raise UserError(f"{bundle / MANIFEST} is damaged: it has no hash of the engine {entry.engine}")
+    for name, record in manifest.files.items():
+        path = file_inside(bundle, name)
+        if not path.is_file():
+            raise UserError(f"{bundle} is damaged: {name} is missing")
+        if path.stat().st_size != record.bytes or file_digest(path) != record.sha256:
+            raise UserError(f"{bundle} is damaged: {name} is not the file that was written (its hash differs)")
+
+
+class BundleWriter:
+    """Context in which a bundle is written to a hidden sibling of ``out`` and renamed at the end.
+
+    Write into :attr:`folder`, then call :meth:`finish`. However the context is left, ``out`` is either
+    the finished bundle or what it was before; the sibling is gone.
+    """
+
+    def __init__(self, out: Path, *, force: bool = False) -> None:
+        self.out = out
+        self.force = force
+        token = secrets.token_hex(4)
+        name = Path(os.path.abspath(out)).name
+        parent = Path(os.path.abspath(out)).parent
+        self.folder = parent / f".{name}.partial-{token}"
+        self._aside = parent / f".{name}.replaced-{token}"
+        self._expected = 0
+        self._finished = False
+
+    def __enter__(self) -> Self:
+        """
+        Raises:
+            UserError: ``out`` exists and may not be replaced, or nothing can be written there.
+        """
+        self._refuse_existing()
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder.parent}: {error.strerror}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """
+        Raises:
+            UserError: the disk ran full, or ``out`` appeared meanwhile.
+        """
+        try:
+            if error is None:
+                assert self._finished, "BundleWriter.finish was not called"
+                self._commit()
+        finally:
+            written = _size(self.folder) if error is not None and _is_full(error) else 0
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if error is not None and _is_full(error):
+                raise self._full(max(written, self._expected)) from error
+
+    def reserve(self, program: Program) -> None:
+        """Refuse now what cannot fit: the weights and the pipeline's other components.
+
+        Raises:
+            UserError: the disk has less space than they take.
+        """
+        parts = component_files(program.origin).values()
+        used = sum(expression.nbytes for expression in program.used_weights().values() if expression.has_values)
+        self._expected = used + sum(path.stat().st_size for path in parts)
+        if shutil.disk_usage(self.folder.parent).free < self._expected:
+            raise self._full(self._expected)
+
+    def finish(
+        self,
+        *,
+        program: Program,
+        target: str,
+        options: Mapping[str, Any],
+        engines: Mapping[str, LoweredEntry],
+    ) -> Manifest:
+        """Add the pipeline's other components and the manifest, which hashes every file in :attr:`folder`.
+
+        With no ``engines`` (structure only) the bundle is a report.
+        """
+        components = next(
+            (entry.details["components"] for entry in engines.values() if "components" in entry.details), None
+        )
+        if components is None and engines and component_files(program.origin):
+            components = COMPONENTS
+            copy_components(program.origin, self.folder / COMPONENTS)
+        manifest = Manifest(
+            schema_version=SCHEMA,
+            optpass=__version__,
+            target=TargetRecord(name=target, options=dict(options)),
+            entries={name: _entry(program, name, engine) for name, engine in engines.items()},
+            loop=LoopRecord(entry=program.loop.entry) if program.loop else None,
+            ranges={name: RangeRecord(**span.as_json()) for name, span in program.ranges.items()},
+            origin=program.origin.as_json(),
+            components=components,
+            files=_hashes(self.folder),
+        )
+        (self.folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        self._finished = True
+        return manifest
+
+    def _refuse_existing(self) -> None:
+        if not (self.out.exists() or self.out.is_symlink()):
+            return
+        if not self.force:
+            raise UserError(f"{self.out} exists; choose another folder, or pass --force to replace it")
+        if self.out.is_symlink() or not self.out.is_dir() or not _replaceable(self.out):
+            raise UserError(f"{self.out} is not a bundle of optpass and will not be replaced; choose another folder")
+
+    def _commit(self) -> None:
+        self._refuse_existing()
+        if not self.out.exists():
+            self.folder.rename(self.out)
+            return
+        self.out.rename(self._aside)
+        try:
+            self.folder.rename(self.out)
+        except BaseException:
+            self._aside.rename(self.out)
+            raise
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+    def _full(self, needed: int) -> UserError:
+        free = shutil.disk_usage(self.folder.parent).free
+        return UserError(
+            f"no space for {self.out}: it needs {needed:,} bytes or more, and the disk has {free:,} free; "
+            "nothing was left behind"
+        )
+
+
+def _entry(program: Program, name: str, engine: LoweredEntry) -> EntryRecord:
+    return EntryRecord(
+        engine=engine.main,
+        inputs=[TensorRecord(**spec.as_json()) for spec in engine.inputs],
+        outputs=[TensorRecord(**spec.as_json()) for spec in engine.outputs],
+        signature=program.entries[name].signature.as_json(),
+        details=dict(engine.details),
+    )
+
+
+def _hashes(folder: Path) -> dict[str, FileRecord]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(sha256=file_digest(path), bytes=path.stat().st_size)
+        for path in files
+    }
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether ``folder`` is empty or was written by optpass; a ``manifest.json`` alone may be anybody's."""
+    if not any(folder.iterdir()):
+        return True
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"schema_version", "optpass", "files"} <= found.keys()
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
