@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,6 +103,7 @@ def apply(
         seed=seed,
         allow_nonfinite=allow_nonfinite,
         trust_remote_code=trust_remote_code,
+        command=shlex.join(["optpass", *sys.argv[1:]]),
     )
     with console.progress_display() as progress:
         applied = apply_recipe(loaded, request, callbacks=[printer], progress=progress)

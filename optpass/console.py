@@ -48,7 +48,7 @@ def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, 
     """A plain table; the first ``left`` columns are text, the others numbers."""
     made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, header in enumerate(headers):
-        made.add_column(header, justify="left" if index < left else "right", overflow="fold")
+        made.add_column(header, justify="left" if index < left else "right", overflow="fold", no_wrap=index == 0)
     for row in rows:
         made.add_row(*(escape(cell) for cell in row))
     return made
@@ -97,7 +97,7 @@ def cost_table(noun: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
     return table("", (noun, *(titles[key] for key in columns)), cells)
 
 
-TOTALS_HEADERS = ("", "parameters", "MACs", "of which attention", "weights", "peak activations")
+TOTALS_HEADERS = ("", "parameters", "MACs", "in attention", "weights", "activations")
 
 
 def report_summary(report: Mapping[str, Any], folder: str) -> None:

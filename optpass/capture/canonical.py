@@ -113,6 +113,8 @@ def _canonicalise_node(graph: Graph, node: fx.Node) -> None:
         graph.fx.erase_node(node)
     elif node.target in CASTS:
         _canonicalise_cast(graph, node)
+    elif node.target is aten._native_batch_norm_legit_no_training.default:
+        _canonicalise_batch_norm(node)
     elif node.target in ALIASES:
         _respell(node, aten.reshape.default)
     elif node.target in EXPANSIONS:
@@ -128,6 +130,16 @@ def _canonicalise_cast(graph: Graph, node: fx.Node) -> None:
         return
     node.target = aten.to.dtype
     node.args, node.kwargs = (source, dtype), {}
+
+
+def _canonicalise_batch_norm(node: fx.Node) -> None:
+    """Functionalisation turns ``batch_norm`` into an operator of three results, of which inference has one."""
+    *operands, momentum, eps = node.args
+    for user in list(node.users):
+        user.replace_all_uses_with(node)
+    node.target = aten.batch_norm.default
+    node.args = (*operands, False, momentum, eps, False)
+    node.meta["val"] = node.meta["val"][0]
 
 
 def _respell(node: fx.Node, target: Any) -> None:

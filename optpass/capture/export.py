@@ -18,6 +18,7 @@ from optpass.capture.binding import bind
 from optpass.capture.canonical import canonicalise
 from optpass.errors import UserError
 from optpass.ir.dialect import verify
+from optpass.ir.graph import Graph
 from optpass.ir.program import InputRange, Loop, Origin, Program
 from optpass.ir.signature import Signature, tree_of_example, tree_of_spec
 from optpass.ir.weights import Expression
@@ -31,18 +32,36 @@ def build_fake(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float3
     Buffers stay real because their values come from code, not from the checkpoint (position ids,
     rotary frequencies). ``dtype`` is the parameters' dtype at construction.
     """
-    from accelerate import init_empty_weights
-
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with init_empty_weights(include_buffers=False), torch.no_grad():
+        with _parameters_on_meta(), torch.no_grad():
             module = build().eval()
     finally:
         torch.set_default_dtype(previous)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _fake_parameters(module, mode)
     return module, mode
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter loses its values when a module registers it, so that one layer at a time has any.
+
+    Unlike accelerate's ``init_empty_weights``, this keeps one parameter one that several modules register.
+    """
+    register = nn.Module.register_parameter
+
+    def register_without_values(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_without_values  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
@@ -115,10 +134,19 @@ def program_of(
         WeightError: as :func:`optpass.capture.binding.bind`.
     """
     graph = canonicalise(exported, signature)
+    _merge_tied(graph, aliases, checkpoint or {})
     weights = bind(graph, aliases, constants, checkpoint)
     program = Program({ENTRY: graph}, weights, origin, Loop(ENTRY) if loop else None, dict(ranges or {}))
     verify(program)
     return program
+
+
+def _merge_tied(graph: Graph, aliases: Mapping[str, tuple[str, ...]], checkpoint: Mapping[str, Expression]) -> None:
+    """One name for every tensor: of tied weights, the first that the checkpoint knows."""
+    for node in graph.fx.nodes:
+        if node.op == "get_attr":
+            names = aliases.get(str(node.target), (str(node.target),))
+            node.target = next((name for name in names if name in checkpoint), names[0])
 
 
 def _aliases(module: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -50,13 +50,17 @@ def deserialised(archive: Archive) -> ExportedProgram:
     from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
 
     json = archive.graph()
-    state = _placeholders(json, archive.tensors())
+    zeros = _placeholders(json, archive.tensors())
+    # Buffers that were not persistent, and literals, belong to the constants and may not be in the state.
+    transient = _transient_names(json)
+    state = {name: value for name, value in zeros.items() if name not in transient}
+    constants = {name: value for name, value in zeros.items() if name in transient}
     with quiet_export():
         try:
             program = _dict_to_dataclass(  # type: ignore[no-untyped-call]
                 schema.ExportedProgram, json
             )
-            exported: ExportedProgram = ExportedProgramDeserializer().deserialize(program, state, state, None)
+            exported: ExportedProgram = ExportedProgramDeserializer().deserialize(program, state, constants, None)
         except Exception as error:
             raise UserError(f"{archive.path} cannot be read by this torch: {first_lines(error)}") from error
     return exported
@@ -72,6 +76,16 @@ def _placeholders(json: Mapping[str, Any], tensors: Mapping[str, Expression]) ->
         if name in zeros:
             zeros[name] = nn.Parameter(zeros[name], requires_grad=False)
     return zeros
+
+
+def _transient_names(json: Mapping[str, Any]) -> set[str]:
+    found: set[str] = set()
+    for spec in json["graph_module"]["signature"]["input_specs"]:
+        if not spec.get("buffer", {}).get("persistent", True):
+            found.add(spec["buffer"]["buffer_name"])
+        if "tensor_constant" in spec:
+            found.add(spec["tensor_constant"]["tensor_constant_name"])
+    return found
 
 
 def _signature(exported: ExportedProgram) -> Signature:

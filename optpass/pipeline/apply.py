@@ -75,6 +75,7 @@ def apply(
             else Evidence()
         )
         report = _report(recipe, original, program, records, gates, engines, evidence)
+        report["command"] = request.command
         report["structure_only"] = not program.has_values
         report["seconds"] = time.perf_counter() - started
         progress("write", 0.0)
@@ -162,6 +163,7 @@ def _report(
         "description": recipe.description,
         "recipe": recipe.as_document(),
         "checkpoint": {key: origin[key] for key in ("name", "kind", "class", "component", "sha256", "pipeline")},
+        "inputs": {spec.name: list(spec.shape) for graph in original.entries.values() for spec in graph.inputs},
         "before": (records[0].before if records else measure(original)).as_json(),
         "after": (records[-1].after if records else measure(program)).as_json(),
         "passes": [record.as_json() for record in records],

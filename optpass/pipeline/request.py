@@ -14,7 +14,10 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A checkpoint, where the bundle goes, and how much evidence to collect."""
+    """A checkpoint, where the bundle goes, and how much evidence to collect.
+
+    ``command`` is the command line, for the report; empty when the library was called.
+    """
 
     checkpoint: str
     out: Path
@@ -30,3 +33,4 @@ class Request:
     seed: int = 0
     allow_nonfinite: bool = False
     trust_remote_code: bool = False
+    command: str = ""

@@ -20,7 +20,7 @@ from optpass.report.clips import Clips
 from optpass.report.units import decibels
 
 SHOWN = 16
-SMALL_BOX, LARGE_BOX = 96, 256
+SMALL_BOX, LARGE_BOX = 96, 320
 GAINS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 100_000, 1_000_000)
 Pixels = npt.NDArray[np.uint8]
 
@@ -51,7 +51,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reel:
-    """The samples shown, of ``total``; a frame is shown at ``width`` × ``height`` CSS pixels at most; ``gain`` amplifies differences."""
+    """The samples shown, of ``total``.
+
+    A frame takes ``width`` × ``height`` CSS pixels at most; ``gain`` is what differences are multiplied by,
+    None where there is no difference.
+    """
 
     samples: tuple[Sample, ...]
     total: int
@@ -63,7 +67,7 @@ class Reel:
 
 
 def reel(clips: Clips) -> Reel:
-    """The first sixteen of ``clips`` as strips; frames larger than 256 pixels are reduced to that."""
+    """The first sixteen of ``clips`` as strips; frames larger than 320 pixels are reduced to that."""
     height, width = clips.after.shape[-2:]
     box = SMALL_BOX if max(height, width) <= SMALL_BOX else LARGE_BOX
     scale = box / max(height, width)
@@ -104,9 +108,9 @@ def _sample(clips: Clips, index: int, gap: Tensor | None, gain: int | None, size
     ratio = psnr(clips.before[index], clips.after[index])
     before = Strip("original", png(clips.before[index], size), f"{what}, made with the original model")
     difference = Strip(
-        f"difference × {gain:,}" if gain else "difference",
+        f"difference × {gain:,}" if gain and gain > 1 else "difference",
         png(gap[index] * (gain or 1), size),
-        f"absolute difference of the two, {what}" + (f", amplified {gain:,} times" if gain else ", none"),
+        f"absolute difference of the two, {what}" + (f", amplified {gain:,} times" if gain else ": none"),
     )
     return Sample(label, caption, ratio, (before, after, difference))
 

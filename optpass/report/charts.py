@@ -75,7 +75,11 @@ def waterfall(key: str, title: str, total: Change, steps: Sequence[Step]) -> Cha
     known = [step for step in steps if step.change.direction != "unknown"]
     if total.before is None or total.after is None:
         return None
-    values = [total.before, total.after, *(v for s in known for v in (s.change.before, s.change.after) if v is not None)]
+    values = [
+        total.before,
+        total.after,
+        *(v for s in known for v in (s.change.before, s.change.after) if v is not None),
+    ]
     top = max(values) or 1.0
     rows = [Row("before", total.before_text, (Mark("total", 0, 100 * total.before / top),), strong=True)]
     rows += [_fall(step, top) for step in known]

@@ -11,6 +11,7 @@ import yaml
 
 from optpass.report import charts, units
 from optpass.report.animation import Reel, reel
+from optpass.report.charts import Chart
 from optpass.report.clips import Clips
 from optpass.report.pass_views import COSTS, PassView, Verdict, changes, pass_views, verdict
 from optpass.report.reading import amount, figure, mappings, plain, section, text
@@ -63,8 +64,8 @@ class Page:
     totals: Mapping[str, units.Change]
     cost_labels: Pairs
     entries: tuple[tuple[str, Mapping[str, units.Change]], ...]
-    charts: tuple[charts.Chart, ...]
-    latency_chart: charts.Chart | None
+    charts: tuple[Chart, ...]
+    latency_chart: Chart | None
     latency_words: tuple[str, ...]
     reel: Reel | None
     sample_facts: Pairs
@@ -160,10 +161,10 @@ def _entries(report: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, units.C
     return tuple((str(name), changes(before.get(name), after.get(name))) for name in {**before, **after})
 
 
-def _charts(passes: tuple[PassView, ...], totals: Mapping[str, units.Change]) -> tuple[charts.Chart, ...]:
+def _charts(passes: tuple[PassView, ...], totals: Mapping[str, units.Change]) -> tuple[Chart, ...]:
     if not passes:
         return ()
-    found: list[charts.Chart | None] = [
+    found: list[Chart | None] = [
         charts.waterfall(key, label, totals[key], [charts.Step(item.title, item.changes[key]) for item in passes])
         for key, label, _ in COSTS
     ]
@@ -173,7 +174,7 @@ def _charts(passes: tuple[PassView, ...], totals: Mapping[str, units.Change]) ->
     return tuple(chart for chart in found if chart is not None)
 
 
-def _latency_chart(latency: Mapping[str, Any]) -> charts.Chart | None:
+def _latency_chart(latency: Mapping[str, Any]) -> Chart | None:
     timings = []
     for side in ("before", "after"):
         record = section(latency, side)
@@ -216,7 +217,11 @@ def _sample_facts(samples: Mapping[str, Any]) -> Pairs:
 def _quality(samples: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
     before, after = section(samples, "quality_before"), section(samples, "quality_after")
     return tuple(
-        (str(name).replace("_", " ").replace("frechet", "Fréchet"), _quality_value(name, before), _quality_value(name, after))
+        (
+            str(name).replace("_", " ").replace("frechet", "Fréchet"),
+            _quality_value(name, before),
+            _quality_value(name, after),
+        )
         for name in {**before, **after}
     )
 

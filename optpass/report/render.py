@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,16 @@ def render_report(report: Mapping[str, Any], *, clips: Clips | None = None) -> s
     return _environment().get_template("page.jinja").render(page=page, css=Markup(_own_text("report.css")))
 
 
+@lru_cache(maxsize=1)
 def _environment() -> Environment:
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     environment = Environment(
-        loader=FunctionLoader(_own_text), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(_own_text),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["path"] = breakable
     environment.filters["together"] = together

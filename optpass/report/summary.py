@@ -60,7 +60,9 @@ def _passes_sentence(passes: Sequence[PassView], changes: Mapping[str, units.Cha
     who = (
         f"The pass {modified[0].name}"
         if len(passes) == 1
-        else f"{len(modified)} of {len(passes)} passes" if len(modified) < len(passes) else f"{len(passes)} passes"
+        else f"{len(modified)} of {len(passes)} passes"
+        if len(modified) < len(passes)
+        else f"{len(passes)} passes"
     )
     told = f"{who} changed {sites:,} site{'' if sites == 1 else 's'}"
     moved = [
@@ -81,7 +83,9 @@ def _latency_sentence(latency: Mapping[str, Any]) -> str:
     if certain is False:
         return f"{told}, which this machine’s noise does not tell apart."
     faster = before / after
-    pace = f"{faster:.2f} times as fast" if faster >= 1 else f"slower by {units.percent(after / before - 1).lstrip('+')}"
+    pace = (
+        f"{faster:.2f} times as fast" if faster >= 1 else f"slower by {units.percent(after / before - 1).lstrip('+')}"
+    )
     return f"{told}, {pace}."
 
 

@@ -92,7 +92,13 @@ def percent(part: float) -> str:
     share = 100 * part
     if not math.isfinite(share):
         return _not_finite(share)
-    digits = f"{abs(share):,.0f}" if abs(share) >= 100 else f"{abs(share):.1f}" if abs(share) >= 1 else figures(abs(share), 2)
+    digits = (
+        f"{abs(share):,.0f}"
+        if abs(share) >= 100
+        else f"{abs(share):.1f}"
+        if abs(share) >= 1
+        else figures(abs(share), 2)
+    )
     return f"{MINUS if share < 0 else '+'}{digits} %"
 
 

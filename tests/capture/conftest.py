@@ -75,12 +75,12 @@ UNET = {
     "sample_size": 8,
     "in_channels": 2,
     "out_channels": 2,
-    "block_out_channels": (8, 16),
+    "block_out_channels": (8,),
     "norm_num_groups": 4,
     "layers_per_block": 1,
     "attention_head_dim": 4,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from optpass.capture import inputs_diffusers
 from optpass.capture.sources import capture
 from optpass.errors import MissingValuesError, UserError, WeightError
 from optpass.ir.dialect import verify_shapes
 from optpass.ir.weights import Absent, Cast
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL_VIDEO = {
     "sample_size": 8,
     "num_frames": 2,
@@ -109,20 +113,24 @@ def test_a_saved_unet_computes_what_diffusers_computes(
     assert_same_function(capture(unet_folder, inputs={"sample": [3, 2, 8, 16]}), small_unet)
 
 
-def test_sizes_of_one_input_reach_the_others(unet_folder: Path, tmp_path: Path, config_folder: Any) -> None:
-    folder = config_folder({"_class_name": "UNetSpatioTemporalConditionModel", **SMALL_VIDEO})
-    specs = capture(folder, inputs={"sample": [3, 5, 8, 16, 8]}).entries["full"].inputs
-    assert [str(spec) for spec in specs] == [
-        "sample: f32[3, 5, 8, 16, 8]",
-        "timestep: f32[]",
-        "encoder_hidden_states: f32[3, 1, 16]",
-        "added_time_ids: f32[3, 3]",
-    ]
+def sizes_of(config: dict[str, Any], overrides: dict[str, list[int]]) -> dict[str, tuple[int, ...]]:
+    arguments = inputs_diffusers.unet_spatio_temporal(config).arguments(overrides, {}, torch.float32)
+    return {name: tuple(value.shape) for name, value in arguments.items()}
 
 
-def test_default_sizes_come_from_the_config(config_folder: Any) -> None:
-    specs = capture(config_folder({"_class_name": "UNetSpatioTemporalConditionModel", **SMALL_VIDEO})).entries["full"]
-    assert specs.inputs[0].shape == (1, 2, 8, 8, 8)
+def test_sizes_of_one_input_reach_the_others() -> None:
+    assert sizes_of({**SMALL_VIDEO, "in_channels": 8}, {"sample": [3, 5, 8, 16, 8]}) == {
+        "sample": (3, 5, 8, 16, 8),
+        "timestep": (),
+        "encoder_hidden_states": (3, 1, 16),
+        "added_time_ids": (3, 3),
+    }
+
+
+def test_default_sizes_come_from_the_config() -> None:
+    assert sizes_of({**SMALL_VIDEO, "in_channels": 8}, {})["sample"] == (1, 2, 8, 8, 8)
+    uneven = {**SMALL_VIDEO, "in_channels": 4, "sample_size": [4, 6], "num_frames": None}
+    assert sizes_of(uneven, {})["sample"] == (1, 14, 4, 4, 6)
 
 
 @pytest.mark.parametrize(
@@ -287,3 +295,17 @@ def test_a_registered_builder_serves_a_new_family(config_folder: Any, monkeypatc
 def test_given_sizes_serve_a_family_without_a_builder(config_folder: Any) -> None:
     folder = config_folder({"_class_name": "VQModel", "block_out_channels": [32], "sample_size": 8})
     assert capture(folder, inputs={"sample": [1, 3, 8, 8]}).entries["full"].inputs[0].shape == (1, 3, 8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "parameters"), [("svd-unet", 1_524_623_082), ("sd15-unet", 859_520_964)])
+def test_full_size_models_are_captured_in_less_than_a_gigabyte(config: str, parameters: int) -> None:
+    code = (
+        "import resource\nfrom optpass.capture.sources import capture\n"
+        f"program = capture({str(CONFIGS / config)!r})\n"
+        "print(sum(w.numel for w in program.weights.values() if not w.has_values))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert int(shown[0]) == parameters
+    assert int(shown[1]) < 1_000_000  # KiB

@@ -29,13 +29,15 @@ def cost(parameters: float, macs: float, attention: float, weights: float, peak:
 def svd_sites() -> list[str]:
     places = [f"down_blocks.{b}.attentions.{a}" for b in range(3) for a in range(2)] + ["mid_block.attentions.0"]
     places += [f"up_blocks.{b}.attentions.{a}" for b in range(1, 4) for a in range(3)]
-    return [f"{place}.{kind}.0.attn2" for place in places for kind in ("transformer_blocks", "temporal_transformer_blocks")]
+    return [
+        f"{place}.{kind}.0.attn2" for place in places for kind in ("transformer_blocks", "temporal_transformer_blocks")
+    ]
 
 
 def make_pass(name: str, before: Report, after: Report, **given: Any) -> Report:
     record: Report = {
         "name": name,
-        "summary": "Cross-attention to a context of one token: its softmax is 1, so the output is to_out(to_v(context)).",
+        "summary": "Cross-attention to one context token: its softmax is 1, so the output is to_out(to_v(context)).",
         "options": {},
         "contract": "exact to 1e-05",
         "modified": before != after,
@@ -64,10 +66,10 @@ def svd_report() -> Report:
         "optpass": "0.1.0",
         "created": "2026-11-21T05:40:12+00:00",
         "name": "MobileVD: exact cross-attention",
-        "description": "The free part of MobileVD: cross-attention to a single image token needs no queries or keys.",
+        "description": "Cross-attention to a single image token needs no queries or keys.",
         "recipe": {
             "name": "MobileVD: exact cross-attention",
-            "description": "The free part of MobileVD: cross-attention to a single image token needs no queries or keys.",
+            "description": "Cross-attention to a single image token needs no queries or keys.",
             "inputs": {"sample": [1, 14, 8, 32, 64], "encoder_hidden_states": [1, 1, 1024]},
             "passes": [{"single-token-attention": {}}],
             "gates": [],
@@ -178,7 +180,16 @@ def digits_report(svd_report: Report) -> Report:
         "after": half,
         "passes": passes,
         "gates": [
-            {"after": "cast", "metric": "psnr", "min": 40.0, "value": 58.2, "held": True, "clips": 8, "steps": 20, "seed": 0}
+            {
+                "after": "cast",
+                "metric": "psnr",
+                "min": 40.0,
+                "value": 58.2,
+                "held": True,
+                "clips": 8,
+                "steps": 20,
+                "seed": 0,
+            }
         ],
         "target": {"name": "onnxruntime", "options": {"threads": 2}, "verified": "numerics"},
         "engines": [

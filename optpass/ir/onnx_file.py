@@ -1,0 +1,215 @@
+"""A canonical graph → an ONNX file: dynamo export on fakes, weights streamed, nodes named by module path.
+
+Initializers are lazy: the optimiser reads only the small ones that it folds, the writer evaluates one
+weight at a time straight into the external data file. Every target that takes ONNX starts here.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.fx import Node
+
+from optpass.errors import UserError
+from optpass.ir.graph import Graph
+from optpass.ir.safetensors_io import checked
+from optpass.ir.weights import Expression, Permute, WeightStore
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+FOLD_LIMIT = 8192
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class OnnxFacts:
+    """What was written: nodes, bytes of both files, the fraction of nodes that carry a module path."""
+
+    nodes: int
+    bytes: int
+    named: float
+
+
+def write_onnx(
+    graph: Graph,
+    weights: WeightStore,
+    path: Path,
+    *,
+    opset: int = 18,
+    optimize: bool = True,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda stage, fraction: None,
+) -> OnnxFacts:
+    """Write ``path`` and, beside it, its weights in ``path.data``.
+
+    Inputs and outputs have the signature's names and order; an output that is named as an input is called
+    ``NAME.out``, for ONNX has one name for one value.
+
+    Raises:
+        UserError: the exporter has no translation for something in the graph; the message names the node.
+        WeightError: a weight holds NaN or Inf (unless ``allow_nonfinite``), or cannot be read.
+    """
+    import onnx_ir
+
+    progress("export to ONNX", 0.0)
+    model = _exported(graph, opset)
+    _make_lazy(model, weights, allow_nonfinite)
+    progress("export to ONNX", 1.0)
+    if optimize:
+        from onnxscript import optimizer
+
+        progress("optimise the ONNX graph", 0.0)
+        with quiet_onnx():
+            optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+        progress("optimise the ONNX graph", 1.0)
+    named = _name_nodes(model)
+    data = path.with_name(f"{path.name}.data")
+    onnx_ir.save(
+        model,
+        path,
+        external_data=data.name,
+        callback=lambda tensor, info: progress("write the weights", (info.index + 1) / max(info.total, 1)),
+    )
+    size = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    return OnnxFacts(len(model.graph), size, named)
+
+
+def quiet_onnx() -> Any:
+    """Without the exporter's notes about torchvision and the versions of what it registers."""
+    from optpass.capture.export import quiet
+
+    return quiet("torch.onnx", logging.ERROR)
+
+
+def _exported(graph: Graph, opset: int) -> ir.Model:
+    import torch
+
+    from optpass.capture.export import first_lines
+    from optpass.ir.exported import to_exported
+
+    exported, inputs = to_exported(graph), graph.signature.inputs
+    outputs = [f"{name}.out" if name in inputs else name for name in graph.signature.outputs]
+    try:
+        with quiet_onnx():
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                optimize=False,
+                opset_version=opset,
+                input_names=list(inputs),
+                output_names=outputs,
+                verbose=False,
+            )
+    except Exception as error:
+        raise UserError(f"ONNX cannot express this graph: {first_lines(_root(error), 6)}") from error
+    assert program is not None
+    return program.model
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error at the bottom of the exporter's chain, which names the node and the reason."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def untranslatable(graph: Graph) -> Iterator[Node]:
+    """The nodes whose operator the exporter neither translates nor decomposes; reads no weight."""
+    import torch
+    from torch._decomp import decomposition_table
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with quiet_onnx():
+        registry = ONNXRegistry.from_torchlib()
+    for node in graph.calls:
+        target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload) or registry.is_registered(target):
+            continue
+        if target not in decomposition_table and not target._can_decompose():
+            yield node
+
+
+def _make_lazy(model: ir.Model, weights: WeightStore, allow_nonfinite: bool) -> None:
+    """Put an expression behind every initializer that is a weight, and behind every transposed weight."""
+    initializers = model.graph.initializers
+    for name in list(initializers):
+        if name in weights:
+            initializers[name].const_value = _lazy(name, weights[name], allow_nonfinite)
+    for node in list(model.graph):
+        source = (node.inputs[0].name or "") if node.op_type == "Transpose" and node.inputs[0] else ""
+        if source not in weights or source not in initializers:
+            continue
+        # Left in the graph, every session would hold both layouts of the weight.
+        order = tuple(node.attributes.get_ints("perm"))
+        name = f"{source}.{'transposed' if order == (1, 0) else 'x'.join(map(str, order))}"
+        if name not in initializers:
+            model.graph.register_initializer(_transposed(name, source, order, weights, allow_nonfinite))
+        node.outputs[0].replace_all_uses_with(initializers[name])
+        model.graph.remove(node, safe=True)
+    for name in [name for name, value in initializers.items() if not value.uses() and name in weights]:
+        del initializers[name]
+
+
+def _transposed(
+    name: str, source: str, order: tuple[int, ...], weights: WeightStore, allow_nonfinite: bool
+) -> ir.Value:
+    import onnx_ir
+
+    tensor = _lazy(source, Permute(weights[source], order), allow_nonfinite, name=name)
+    return onnx_ir.Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
+
+
+def _lazy(weight: str, expression: Expression, allow_nonfinite: bool, *, name: str = "") -> ir.LazyTensor:
+    import onnx_ir
+    from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+
+    def evaluate() -> ir.TensorProtocol:
+        return TorchTensor(checked(weight, expression, allow_nonfinite=allow_nonfinite), name=name or weight)
+
+    return onnx_ir.LazyTensor(
+        evaluate, dtype=from_torch_dtype(expression.dtype), shape=onnx_ir.Shape(expression.shape), name=name or weight
+    )
+
+
+def _name_nodes(model: ir.Model) -> float:
+    """Name every node ``module.path/value`` (helpers of a translation get ``.Operator`` behind); the fraction named."""
+    taken: set[str] = set()
+    paths: dict[ir.Node, str] = {}
+    named = 0
+    for node in model.graph:
+        path, value = _provenance(node)
+        if path is None:
+            # The optimiser's own nodes belong where their operand comes from.
+            path = next((paths[p] for p in (v.producer() for v in node.inputs if v) if p in paths), None)
+        named += path is not None
+        paths[node] = path or "(root)"
+        main = node.name in (f"node_{value}", value)
+        node.name = _unique(
+            f"{paths[node]}/{value if main else f'{value}.{node.op_type}' if value else node.op_type}", taken
+        )
+    return named / max(len(model.graph), 1)
+
+
+def _provenance(node: ir.Node) -> tuple[str | None, str]:
+    """The module path and the FX value that a node was translated from."""
+    scopes = node.metadata_props.get(SCOPES)
+    if not scopes:
+        return None, ""
+    *modules, value = ast.literal_eval(scopes)
+    return (modules[-1].split("@")[0] if modules else "") or "(root)", value
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate

@@ -1,0 +1,177 @@
+"""Target ``onnxruntime``: ONNX files that run in ONNX Runtime, on the CPU or on CUDA where it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.fx import Node
+
+from optpass.errors import MissingValuesError, UserError
+from optpass.ir.graph import Graph, path_of
+from optpass.ir.onnx_file import untranslatable, write_onnx
+from optpass.ir.program import Program
+from optpass.ir.text import operator_name
+from optpass.ir.weights import dtype_name
+from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target, Unsupported
+
+SUPPORTED = frozenset(
+    {torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+)
+LEVELS = {
+    "all": "ORT_ENABLE_ALL",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "basic": "ORT_ENABLE_BASIC",
+    "none": "ORT_DISABLE_ALL",
+}
+ERRORS_ONLY = 3
+
+
+class OnnxRuntime(Target):
+    """ONNX files with external data, one per entry, run by ONNX Runtime.
+
+    fp32 and fp16 graphs run on every provider (the CPU computes fp16 in fp32). bf16, fp64 and complex
+    graphs are refused: its CPU kernels for convolution and matrix products lack them.
+    """
+
+    threads: int = Field(0, ge=0, description="threads of one operator; 0 takes as many as PyTorch does")
+    opset: int = Field(18, ge=18, le=23, description="ONNX operator set of the files")
+    optimize: bool = Field(True, description="fold constants and simplify the ONNX graph before it is written")
+    graph_optimization: Literal["all", "extended", "basic", "none"] = Field(
+        "all", description="ONNX Runtime's own fusions when the engine is loaded"
+    )
+    providers: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where it is installed")
+    execution: Literal["sequential", "parallel"] = Field(
+        "sequential", description="parallel runs independent branches side by side"
+    )
+    spinning: bool = Field(
+        True, description="threads wait busily between the operators of a call (faster, never after it)"
+    )
+
+    extra: ClassVar[str] = "onnxruntime"
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+
+    def supports(self, program: Program) -> list[Unsupported]:
+        """Operators without a translation to ONNX, and dtypes without kernels, by module path."""
+        return [found for graph in program.entries.values() for found in _unsupported(graph)]
+
+    def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
+        """Write ``ENTRY.onnx`` and ``ENTRY.onnx.data`` for every entry, and load each once.
+
+        Raises:
+            MissingValuesError: the Program was captured structure-only.
+            UserError: the graph has no ONNX form, or ONNX Runtime cannot run it.
+        """
+        if not program.has_values:
+            raise MissingValuesError("ONNX engines need weight values; the checkpoint was captured structure-only")
+        return {name: self._lower_entry(name, graph, program, lowering) for name, graph in program.entries.items()}
+
+    def _lower_entry(self, name: str, graph: Graph, program: Program, lowering: Lowering) -> LoweredEntry:
+        path = lowering.folder / f"{name}.onnx"
+        facts = write_onnx(
+            graph,
+            program.weights,
+            path,
+            opset=self.opset,
+            optimize=self.optimize,
+            allow_nonfinite=lowering.allow_nonfinite,
+            progress=lowering.progress,
+        )
+        lowering.progress("load the engine", 0.0)
+        session = self._session(path)
+        lowering.progress("load the engine", 1.0)
+        details = {
+            "bytes": facts.bytes,
+            "nodes": facts.nodes,
+            "opset": self.opset,
+            "named_nodes": round(facts.named, 4),
+            "provider": session.get_providers()[0],
+        }
+        return LoweredEntry(path.name, graph.inputs, graph.outputs, details)
+
+    @classmethod
+    def load(cls, folder: Path, entry: Mapping[str, Any], options: Mapping[str, Any]) -> Runner:
+        """A session of one entry's file.
+
+        Raises:
+            UserError: ONNX Runtime refuses the file, or has no CUDA where that is asked for.
+        """
+        session = cls.of("onnxruntime", options)._session(folder / str(entry["engine"]))
+        names = [str(output["name"]) for output in entry["outputs"]]
+
+        def run(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            feeds = {name: tensor.numpy() for name, tensor in tensors.items()}
+            results = session.run(None, feeds)
+            return {name: torch.from_numpy(value) for name, value in zip(names, results, strict=True)}
+
+        return run
+
+    def _session(self, path: Path) -> Any:
+        import onnxruntime
+
+        try:
+            return onnxruntime.InferenceSession(str(path), self._session_options(), providers=self._providers())
+        except UserError:
+            raise
+        except Exception as error:
+            # ONNX Runtime's errors share no base class but Exception.
+            message = str(error).strip().splitlines()[0]
+            raise UserError(f"ONNX Runtime cannot run {path.name}: {message}") from error
+
+    def _session_options(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads or torch.get_num_threads()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[self.graph_optimization])
+        parallel = self.execution == "parallel"
+        options.execution_mode = getattr(onnxruntime.ExecutionMode, "ORT_PARALLEL" if parallel else "ORT_SEQUENTIAL")
+        # Memory patterns assume one order of execution.
+        options.enable_mem_pattern = not parallel
+        options.log_severity_level = ERRORS_ONLY
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
+        # Threads that go on spinning after a call would compete with the pipeline's PyTorch parts.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
+
+    def _providers(self) -> list[str]:
+        import onnxruntime
+
+        available = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        if self.providers == "cuda" and not available:
+            raise UserError(
+                "ONNX Runtime has no CUDA here: install onnxruntime-gpu in place of onnxruntime, or set providers: auto"
+            )
+        gpu = ["CUDAExecutionProvider"] if available and self.providers != "cpu" else []
+        return [*gpu, "CPUExecutionProvider"]
+
+
+def _unsupported(graph: Graph) -> Iterator[Unsupported]:
+    for spec in (*graph.inputs, *graph.outputs):
+        if spec.dtype not in SUPPORTED:
+            yield Unsupported("(interface)", spec.name, _dtype_reason(spec.dtype))
+    for node in graph.calls:
+        for dtype in _dtypes(node):
+            if dtype not in SUPPORTED:
+                yield Unsupported(path_of(node), operator_name(node), _dtype_reason(dtype))
+                break
+    for node in untranslatable(graph):
+        yield Unsupported(path_of(node), operator_name(node), "ONNX has no translation of this operator")
+
+
+def _dtypes(node: Node) -> list[torch.dtype]:
+    value = node.meta["val"]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [item.dtype for item in values if isinstance(item, Tensor)]
+
+
+def _dtype_reason(dtype: torch.dtype) -> str:
+    advice = {
+        torch.bfloat16: "; cast to f16 or f32",
+        torch.float64: "; capture or cast to f32",
+    }.get(dtype, "")
+    return f"ONNX Runtime has no {dtype_name(dtype)} kernels for it{advice}"
