@@ -7,8 +7,8 @@ weight at a time straight into the external data file. Every target that takes O
 from __future__ import annotations
 
 import ast
-import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,11 +81,13 @@ def write_onnx(
     return OnnxFacts(len(model.graph), size, named)
 
 
-def quiet_onnx() -> Any:
-    """Without the exporter's notes about torchvision and the versions of what it registers."""
-    from optpass.capture.export import quiet
+@contextmanager
+def quiet_onnx() -> Iterator[None]:
+    """Without the exporter's notes about torchvision, the versions of what it registers, and old pytrees."""
+    from optpass.capture.export import quiet, quiet_export
 
-    return quiet("torch.onnx", logging.ERROR)
+    with quiet("torch.onnx"), quiet_export():
+        yield
 
 
 def _exported(graph: Graph, opset: int) -> ir.Model:

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from optpass.passes.cast import CastFloats
 from torch import nn
 
 from optpass.analysis.cost import measure
@@ -12,6 +11,7 @@ from optpass.errors import UserError
 from optpass.evaluate.difference import outputs_difference, program_runner, tensor_difference
 from optpass.ir.text import graph_text, program_text
 from optpass.ir.weights import Cast
+from optpass.passes.cast import CastFloats
 from optpass.pipeline.manager import run_pass
 from optpass.pipeline.recipe import Step
 

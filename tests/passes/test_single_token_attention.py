@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from optpass.passes.single_token_attention import SingleTokenAttention
 from torch import nn
 from torch.nn import functional
 
@@ -12,6 +11,7 @@ from optpass.capture.sources import capture
 from optpass.evaluate.difference import outputs_difference, program_difference, program_runner
 from optpass.ir.graph import path_of
 from optpass.ir.text import graph_text, operator_name
+from optpass.passes.single_token_attention import SingleTokenAttention
 from optpass.pipeline.manager import run_pass
 from optpass.pipeline.recipe import Step
 

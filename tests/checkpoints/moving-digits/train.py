@@ -67,7 +67,7 @@ LATENT_STD = 0.5  # a clip's frames are redundant: smaller latents leave more st
 @dataclass(frozen=True)
 class Hyperparameters:
     seed: int = 0
-    steps: int = 1400
+    steps: int = 2400
     timestep_shift: float = 2.5
     batch: int = 16
     learning_rate: float = 1e-3
@@ -589,12 +589,12 @@ def save_evaluator(classifier: ResNetForImageClassification, folder: Path, clips
 # ------------------------------------------------------------------------------------------------------------ evaluate
 
 
-def evaluate(folder: Path, clips: int, steps: int, guidance: float) -> dict[str, object]:
+def evaluate(folder: Path, clips: int, steps: int, guidance: float, processes: int) -> dict[str, object]:
     """The model card's figures, measured on the exported float16 weights computed in float32."""
     pipeline, evaluator = ClassToVideoPipeline.load(folder), Evaluator.load(folder)
     labels = torch.arange(clips) % 10
     start = time.monotonic()
-    frames, speeds = generate(pipeline, labels, steps, guidance)
+    frames, speeds = generate_all(folder, labels, steps, guidance, processes)
     seconds = time.monotonic() - start
     real = moving_digits(*digits("train"), clips, step_generator(REFERENCE_SEED, 1))
     held_out = moving_digits(*digits("held-out"), clips, step_generator(REFERENCE_SEED, 2))
@@ -614,23 +614,46 @@ def evaluate(folder: Path, clips: int, steps: int, guidance: float) -> dict[str,
     }
 
 
-def generate(
-    pipeline: ClassToVideoPipeline, labels: Tensor, steps: int, guidance: float, batch: int = 25
+@dataclass(frozen=True)
+class Job:
+    """A batch of clips to generate, all at one speed."""
+
+    folder: Path
+    labels: Tensor
+    speed: float
+    seed: int
+    steps: int
+    guidance: float
+
+
+def generate(job: Job) -> Tensor:
+    """The job's clips [N, F, 1, 32, 32]."""
+    frames: Tensor = ClassToVideoPipeline.load(job.folder)(
+        job.labels,
+        seed=job.seed,
+        num_inference_steps=job.steps,
+        guidance_scale=job.guidance,
+        motion_bucket_id=job.speed * MOTION_BUCKETS_PER_SPEED,
+    ).frames
+    return frames
+
+
+def generate_all(
+    folder: Path, labels: Tensor, steps: int, guidance: float, processes: int, batch: int = 10
 ) -> tuple[Tensor, Tensor]:
     """Clips [N, F, 1, 32, 32] and the speeds asked for [N]: one for each batch, evenly over the range of real clips."""
     parts = labels.split(batch)
     speeds = torch.linspace(*SPEEDS, len(parts))
+    jobs = [
+        Job(folder, part, speed, index * batch, steps, guidance)
+        for index, (part, speed) in enumerate(zip(parts, speeds.tolist(), strict=True))
+    ]
+    threads = max(1, torch.get_num_threads() // processes)
     generated, start = [], time.monotonic()
-    for index, (part, speed) in enumerate(zip(parts, speeds.tolist(), strict=True)):
-        output = pipeline(
-            part,
-            seed=index * batch,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            motion_bucket_id=speed * MOTION_BUCKETS_PER_SPEED,
-        )
-        generated.append(output.frames)
-        print(f"evaluate {index + 1}/{len(parts)} batches, {time.monotonic() - start:.0f} s", flush=True)
+    with torch.multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (threads,)) as pool:
+        for frames in pool.imap(generate, jobs):
+            generated.append(frames.clone())
+            print(f"evaluate {len(generated)}/{len(jobs)} batches, {time.monotonic() - start:.0f} s", flush=True)
     return torch.cat(generated), speeds.repeat_interleave(batch)[: len(labels)]
 
 
@@ -671,7 +694,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Hyperparameters.steps, help="of the diffusion stage")
     parser.add_argument("--resume", action="store_true", help="continue the diffusion stage")
     parser.add_argument("--stop-after", type=int, help="end the diffusion stage early, resumably, at this step")
-    parser.add_argument("--processes", type=int, default=1, help="of the diffusion stage, one thread each if several")
+    parser.add_argument("--processes", type=int, default=1, help="of the diffusion and evaluate stages")
     parser.add_argument("--timestep-shift", type=float, default=Hyperparameters.timestep_shift, help="1: uniform")
     parser.add_argument("--compile", action="store_true", help="torch.compile the diffusion stage: a third faster")
     parser.add_argument("--clips", type=int, default=500, help="of the evaluate stage")
@@ -684,7 +707,7 @@ def main() -> None:
 
 
 def write_evaluation(options: argparse.Namespace) -> None:
-    found = evaluate(options.folder, options.clips, options.sampling_steps, options.guidance)
+    found = evaluate(options.folder, options.clips, options.sampling_steps, options.guidance, options.processes)
     write_json(options.folder / "evaluation.json", found)
     print(json.dumps(found, indent=2))
 
