@@ -63,9 +63,10 @@ class CastFloats(Pass):
             return program
         for graph in program.entries.values():
             _Conversion(graph, plan, self.boundary == "cast").run()
-        for name in plan.weights:
+        changed = {name: Cast(old, plan.dtype) for name, old in program.weights.items() if name in plan.weights}
+        for name in changed:
             context.rewrote(name)
-        return program.with_weights({name: Cast(program.weights[name], plan.dtype) for name in plan.weights})
+        return program.with_weights(changed)
 
     def _plan(self, program: Program) -> Plan:
         dtype = getattr(torch, self.dtype)
@@ -87,7 +88,7 @@ class Plan:
     """What becomes ``dtype``: the ``weights``, and warm values that had one of the ``sources`` dtypes.
 
     Warm is what depends on a weight. ``cold`` weights are data of the code (tables, frequencies) that
-    only cold operators read.
+    some cold operator reads.
     """
 
     dtype: torch.dtype

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from optpass.errors import UserError
-from optpass.evaluate.metrics import Scope
 from optpass.evaluate.quality import Evaluator, psnr
+from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
 from optpass.runtime.module import program_module
 from optpass.runtime.sampling import Samples, generate

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from optpass.errors import UserError
-from optpass.ir.program import Program
+from optpass.evaluate.scope import Scope
 
 NUMERIC = ("max_abs", "relative_error", "snr")
 QUALITY = ("psnr", "frame_accuracy", "temporal_consistency", "frechet_distance")
 METRICS = frozenset((*NUMERIC, *QUALITY))
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What a gate looks at: the Program as captured and the Program after the pass."""
-
-    reference: Program
-    program: Program
-    progress: Callable[[str, float], None] = lambda stage, fraction: None
 
 
 def measure(metric: str, scope: Scope, *, samples: int, steps: int, seed: int) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
-from optpass.errors import UserError
+from optpass.errors import OptpassError, UserError
 from optpass.ir.graph import Graph
 from optpass.ir.safetensors_io import checked
 from optpass.ir.weights import Expression, Permute, WeightStore
@@ -66,8 +66,12 @@ def write_onnx(
         from onnxscript import optimizer
 
         progress("optimise the ONNX graph", 0.0)
-        with quiet_onnx():
-            optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+        try:
+            with quiet_onnx():
+                optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+        except Exception as error:
+            # Folding reads small weights, and the optimiser wraps what reading raises.
+            raise _own_error(error) from error
         progress("optimise the ONNX graph", 1.0)
     named = _name_nodes(model)
     data = path.with_name(f"{path.name}.data")
@@ -113,6 +117,14 @@ def _exported(graph: Graph, opset: int) -> ir.Model:
         raise UserError(f"ONNX cannot express this graph: {first_lines(_root(error), 6)}") from error
     assert program is not None
     return program.model
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """The first error in the chain that optpass raised on purpose; ``error`` itself if there is none."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OptpassError):
+        found = found.__cause__
+    return found or error
 
 
 def _root(error: BaseException) -> BaseException:

@@ -14,7 +14,7 @@ from optpass.analysis.cost import measure
 from optpass.capture.digest import checkpoint_digest
 from optpass.capture.sources import capture
 from optpass.errors import OptpassError, UserError
-from optpass.evaluate.metrics import Scope
+from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
 from optpass.pipeline.evidence import Evidence, collect_evidence
 from optpass.pipeline.gates import Gate

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from optpass.errors import GateError, UserError, nearest
-from optpass.evaluate.metrics import METRICS, Scope, measure
+from optpass.evaluate.metrics import METRICS, measure
+from optpass.evaluate.scope import Scope
 from optpass.pipeline.options import validated
 
 

@@ -10,7 +10,7 @@ from optpass.errors import ContractError, DialectError, MissingValuesError, Optp
 from optpass.ir.program import Program
 from optpass.ir.text import program_text
 from optpass.ir.weights import Absent, Scale, WeightStore
-from optpass.pipeline.contract import Contract, approximate, exact
+from optpass.pipeline.contract import approximate, exact
 from optpass.pipeline.manager import Event, run_passes
 from optpass.pipeline.passes import Context, Pass
 from optpass.pipeline.recipe import Step
@@ -68,7 +68,7 @@ class Boaster(Idle):
 class Sneak(ScaleWeights):
     """Changes a weight and reports no site."""
 
-    contract: Contract = approximate()
+    contract = approximate()
 
     def run(self, program: Program, context: Context) -> Program:
         return super().run(program, Context())

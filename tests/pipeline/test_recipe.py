@@ -54,11 +54,11 @@ def test_overrides_reach_passes_and_target():
             "'min' or 'max'",
         ),
         (
-            {"passes": ["cast"], "gates": [{"after": "cast", "metric": "psnrr", "min": 3}]},
+            {"passes": [{"cast": {"dtype": "float16"}}], "gates": [{"after": "cast", "metric": "psnrr", "min": 3}]},
             "unknown metric 'psnrr'; did you mean 'psnr'",
         ),
         (
-            {"passes": ["cast"], "gates": [{"after": "cast", "metric": "psnr", "mn": 3}]},
+            {"passes": [{"cast": {"dtype": "float16"}}], "gates": [{"after": "cast", "metric": "psnr", "mn": 3}]},
             "unknown key 'mn'",
         ),
     ],
