@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHECKPOINT := tests/checkpoints/moving-digits
+# One thread a worker: workers that each take every core slow one another down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format results wheel clean
@@ -31,10 +33,10 @@ lint: $(STAMP)  ## Ruff and mypy
 	$(BIN)/mypy
 
 test: lint  ## Everything that must hold before a commit
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: lint  ## The same and what takes minutes or full-size models
-	$(BIN)/pytest
+	$(PYTEST)
 
 results: $(STAMP)  ## Regenerate docs/results: the published counts, printed by the commands themselves
 	$(BIN)/python docs/results/regenerate.py

@@ -249,7 +249,7 @@ def run(
         str, typer.Option(help="Class labels, comma-separated, taken in turn; all classes by default.")
     ] = "",
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 2.0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; the next ones count up.")] = 0,
     tensors: Annotated[
         Optional[list[str]],  # noqa: UP045

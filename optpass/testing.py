@@ -25,11 +25,11 @@ def capture_module(build: Callable[[], nn.Module], **inputs: Tensor) -> tuple[Pr
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """Every floating parameter and buffer away from zero and one, where a wrong pass could hide."""
-    generator = torch.Generator().manual_seed(1)
+    """Every saved floating parameter and buffer away from zero and one, where a wrong pass could hide."""
+    generator, saved = torch.Generator().manual_seed(1), module.state_dict()
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if not tensor.is_floating_point():
+            if name not in saved or not tensor.is_floating_point():
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("running_var"):

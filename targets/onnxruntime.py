@@ -29,6 +29,7 @@ LEVELS = {
     "none": "ORT_DISABLE_ALL",
 }
 ERRORS_ONLY = 3
+LARGE = 1 << 30
 
 
 class OnnxRuntime(Target):
@@ -62,6 +63,8 @@ class OnnxRuntime(Target):
     def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
         """Write ``ENTRY.onnx`` and ``ENTRY.onnx.data`` for every entry, and load each once.
 
+        Files above 1 GiB are loaded without ONNX Runtime's own optimisations, which would copy the weights.
+
         Raises:
             MissingValuesError: the Program was captured structure-only.
             UserError: the graph has no ONNX form, or ONNX Runtime cannot run it.
@@ -82,7 +85,8 @@ class OnnxRuntime(Target):
             progress=lowering.progress,
         )
         lowering.progress("load the engine", 0.0)
-        session = self._session(path)
+        # Loaded to run, an engine holds every weight once more, packed for its kernels.
+        session = self._session(path, light=facts.bytes > LARGE)
         lowering.progress("load the engine", 1.0)
         details = {
             "bytes": facts.bytes,
@@ -110,11 +114,11 @@ class OnnxRuntime(Target):
 
         return run
 
-    def _session(self, path: Path) -> Any:
+    def _session(self, path: Path, *, light: bool = False) -> Any:
         import onnxruntime
 
         try:
-            return onnxruntime.InferenceSession(str(path), self._session_options(), providers=self._providers())
+            return onnxruntime.InferenceSession(str(path), self._session_options(light), providers=self._providers())
         except UserError:
             raise
         except Exception as error:
@@ -122,7 +126,7 @@ class OnnxRuntime(Target):
             message = str(error).strip().splitlines()[0]
             raise UserError(f"ONNX Runtime cannot run {path.name}: {message}") from error
 
-    def _session_options(self) -> Any:
+    def _session_options(self, light: bool) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -136,6 +140,9 @@ class OnnxRuntime(Target):
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
         # Threads that go on spinning after a call would compete with the pipeline's PyTorch parts.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if light:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
         return options
 
     def _providers(self) -> list[str]:

@@ -41,9 +41,8 @@ def test_runs_in_a_fresh_environment(wheel, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     python = venv / "bin" / "python"
     target = next((venv / "lib").glob("python*/site-packages"))
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)], check=True
-    )
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True)
     here = next(p for p in sys.path if p.endswith("site-packages"))
     # addsitedir would also run this environment's .pth files, the editable install's among them.
     (target / "dependencies.pth").write_text(f"{here}\n")

@@ -1,6 +1,6 @@
 """Regenerate the committed results: every file here is what the command at its top printed.
 
-    make results
+make results
 """
 
 from __future__ import annotations

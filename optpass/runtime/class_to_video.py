@@ -95,7 +95,7 @@ class ClassToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         labels: Sequence[int] | Tensor,
         *,
         num_inference_steps: int = 20,
-        guidance_scale: float = 2.0,
+        guidance_scale: float = 3.0,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | None = None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from optpass.errors import UserError
 from optpass.runtime.bundle import read_manifest
 from optpass.runtime.loading import load
-from optpass.runtime.sampling import generate
+from optpass.runtime.sampling import GUIDANCE, generate
 
 
 def sample(
@@ -24,7 +24,7 @@ def sample(
     samples: int,
     labels: list[int] | None = None,
     steps: int = 20,
-    guidance: float = 2.0,
+    guidance: float = GUIDANCE,
     seed: int = 0,
     force: bool = False,
     progress: Callable[[str, float], None] = lambda stage, fraction: None,

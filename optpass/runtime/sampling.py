@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optpass.errors import UserError
 
-GUIDANCE = 2.0
+GUIDANCE = 3.0
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def test_run_needs_nothing_but_the_bundle(optpass, applied, tmp_path):
     assert outcome.json["labels"] == [3, 7]
     frames = np.load(tmp_path / "out" / "samples.npz")["frames"]
     assert frames.shape == (2, 8, 1, 32, 32)
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.webp")) == ["clip-000-label-3.webp", "clip-001-label-7.webp"]
+    clips = sorted(path.name for path in (tmp_path / "out").glob("*.webp"))
+    assert clips == ["clip-000-label-3.webp", "clip-001-label-7.webp"]
     again = optpass("run", applied.folder, "-o", tmp_path / "out")
     assert again.code == 2
     assert "--force" in again.err

@@ -131,7 +131,7 @@ def test_exact_pass_holds_and_its_input_is_untouched(program):
 
 
 def test_exact_pass_that_is_not_is_refused_with_the_error_measured(program):
-    with pytest.raises(ContractError, match="'scale'.*exact to 1e-05.*difference"):
+    with pytest.raises(ContractError, match=r"'scale'.*exact to 1e-05.*difference"):
         run_passes(program, [Step("scale", ScaleWeights())], [Verification()])
 
 
@@ -207,7 +207,9 @@ def test_weights_that_nothing_reads_are_dropped(capture_module):
             context.rewrote(linear)
             return program
 
-    built = lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    def built() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
     program, _ = capture_module(built, input=torch.empty(2, 4))
     after, [record] = run_passes(program, [Step("cut", Cut())])
     assert list(after.weights) == ["0.weight", "0.bias"]

@@ -38,7 +38,7 @@ def test_overrides_reach_passes_and_target():
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"passes": ["single-token-atention"]}, "unknown pass 'single-token-atention'; did you mean 'single-token-att"),
+        ({"passes": ["single-token-atention"]}, "unknown pass 'single-token-atention'; did you mean 'single-token-a"),
         ({"passes": [{"cast": {"dtyp": "float16"}}]}, "pass cast: unknown option 'dtyp'; did you mean 'dtype'"),
         ({"passes": [{"cast": {"dtype": "float17"}}]}, "pass cast: 'dtype'"),
         ({"passs": []}, "unknown key 'passs'; did you mean 'passes'"),
@@ -48,7 +48,11 @@ def test_overrides_reach_passes_and_target():
         ({"passes": "cast"}, "'passes'"),
         ({"inputs": {"sample": ["a"]}}, "inputs.sample.0"),
         ({"gates": [{"latency": {"max_ratio": 1.0}}]}, "gate kind 'latency' is not built"),
-        ({"passes": ["single-token-attention"], "gates": [{"after": "cast", "metric": "psnr", "min": 1}]}, "not a pass"),
+        ({"passes": ["export"]}, "unknown pass 'export'"),
+        (
+            {"passes": ["single-token-attention"], "gates": [{"after": "cast", "metric": "psnr", "min": 1}]},
+            "'cast', not a pass of this recipe",
+        ),
         (
             {"passes": ["single-token-attention"], "gates": [{"after": "single-token-attention", "metric": "psnr"}]},
             "'min' or 'max'",

@@ -193,16 +193,28 @@ def test_unsupported_dtypes_are_refused_with_the_module_path(dtype: torch.dtype,
     assert any(item.path == "fc" and item.operator == "linear" and name in item.reason for item in found)
 
 
-def test_an_operator_without_translation_is_refused_with_its_place() -> None:
-    class Net(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.eigvalsh(x)
+class Mode(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.mode(x).values
 
-    module, mode = build_fake(lambda: nn.Sequential(Net()))
+
+class Eigenvalues(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvalsh(x)
+
+
+def test_an_operator_without_translation_is_refused_with_its_place() -> None:
+    module, mode = build_fake(lambda: nn.Sequential(nn.ReLU(), Mode()))
     program = export_program(module, mode, {"input": torch.zeros(3, 3)}, None, Origin("test"))
-    found = OnnxRuntime().supports(program)
-    assert [item.path for item in found][:1] == ["0"]
-    assert "ONNX" in found[0].reason
+    (found,) = OnnxRuntime().supports(program)
+    assert (found.path, found.operator) == ("1", "mode")
+    assert "ONNX" in found.reason
+
+
+def test_an_operator_that_decomposes_to_one_without_translation_fails_clearly(tmp_path: Path) -> None:
+    program, _ = capture_module(lambda: nn.Sequential(Eigenvalues()), input=torch.zeros(3, 3))
+    with pytest.raises(UserError, match=r"ONNX cannot express this graph.*_linalg_eigh"):
+        OnnxRuntime().lower(program, Lowering(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["resnet", "svd_unet", "transformer"])
@@ -233,6 +245,25 @@ def test_a_file_that_onnx_runtime_refuses_is_a_clear_error(tmp_path: Path) -> No
     (tmp_path / "full.onnx").write_bytes(b"no model")
     with pytest.raises(UserError, match=r"ONNX Runtime cannot run full\.onnx"):
         OnnxRuntime()._session(tmp_path / "full.onnx")
+
+
+@pytest.mark.parametrize(("limit", "level"), [(1 << 30, "ORT_ENABLE_ALL"), (0, "ORT_DISABLE_ALL")])
+def test_a_large_engine_is_tried_without_copies_of_its_weights(
+    limit: int, level: str, captured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    seen: list[Any] = []
+    real = onnxruntime.InferenceSession
+
+    def session(path: str, options: Any, providers: list[str]) -> Any:
+        seen.append(options.graph_optimization_level.name)
+        return real(path, options, providers=providers)
+
+    monkeypatch.setattr("optpass.targets.onnxruntime.LARGE", limit)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    OnnxRuntime().lower(captured("resnet")[0], Lowering(tmp_path))
+    assert seen == [level]
 
 
 def test_external_data_outside_the_bundle_is_refused(lowered: Any, tmp_path: Path) -> None:
