@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from optpass.errors import MissingValuesError, UserError
+from optpass.interchange.onnx_file import untranslatable, write_onnx
 from optpass.ir.graph import Graph, path_of
-from optpass.ir.onnx_file import untranslatable, write_onnx
 from optpass.ir.program import Program
 from optpass.ir.text import operator_name
 from optpass.ir.weights import dtype_name

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import nn
 
 from optpass.errors import MissingValuesError, UserError
+from optpass.interchange.storage import INDEX, WEIGHTS, load_program, save_program
 from optpass.ir.program import Origin, Program
-from optpass.ir.storage import INDEX, WEIGHTS, load_program, save_program
 from optpass.ir.weights import Shape
 from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from optpass.capture.configs import inside, read_json
-from optpass.capture.pickled import read_pickled
 from optpass.errors import UserError, WeightError
+from optpass.interchange.pickled import read_pickled
 from optpass.ir.safetensors_io import read_safetensors
 from optpass.ir.weights import Expression
+from optpass.untrusted import inside, read_json
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 VARIANTS = ("", ".fp16", ".bf16")

@@ -11,12 +11,13 @@ from torch import nn
 
 from optpass.capture.checkpoint_weights import folder_weights, read_weights
 from optpass.capture.configs import config_path, model_config, refuse_remote_code
-from optpass.capture.export import build_fake, export_program, first_lines, quiet
+from optpass.capture.export import build_fake, export_program
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
 from optpass.capture.request import Request
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Expression
+from optpass.quiet import first_lines, quiet
 
 DESCRIPTION = "a diffusers model: a folder with config.json (or that file alone, structure only)"
 CLASS = "_class_name"

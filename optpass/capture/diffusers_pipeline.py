@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from optpass.capture import diffusers_model, transformers_model
-from optpass.capture.configs import PIPELINE_INDEX, config_path, inside, read_json
+from optpass.capture.configs import PIPELINE_INDEX, config_path
 from optpass.capture.request import Request, Source
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Program
+from optpass.untrusted import inside, read_json
 
 DESCRIPTION = "a diffusers pipeline: a folder with model_index.json"
 DENOISERS = ("unet", "transformer")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,13 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 
 from optpass.capture.binding import bind
-from optpass.capture.canonical import canonicalise
 from optpass.errors import UserError
+from optpass.interchange.canonical import canonicalise
 from optpass.ir.dialect import verify
 from optpass.ir.graph import Graph
 from optpass.ir.program import InputRange, Loop, Origin, Program
 from optpass.ir.signature import Signature, tree_of_example, tree_of_spec
 from optpass.ir.weights import Expression
+from optpass.quiet import first_lines, quiet_export
 
 ENTRY = "full"
 
@@ -167,37 +166,3 @@ def _constants(module: nn.Module, lifted: Mapping[str, Any]) -> dict[str, Tensor
     # A fake made from a literal (torch.tensor([1, 2])) remembers its value.
     known = {name: value.constant if isinstance(value, FakeTensor) else value for name, value in found.items()}
     return {name: value for name, value in known.items() if value is not None}
-
-
-@contextmanager
-def quiet(library: str, level: int = logging.ERROR) -> Iterator[None]:
-    """Without what a library logs below ``level``."""
-    logger = logging.getLogger(library)
-    previous = logger.level
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.setLevel(previous)
-
-
-@contextmanager
-def quiet_export() -> Iterator[None]:
-    """Without torch.export's warnings about things that the dialect settles anyway, and without stack traces.
-
-    Provenance comes from module paths; a Python stack for every node costs a tenth of the capture.
-    """
-    previous = torch.fx.config.do_not_emit_stack_traces
-    torch.fx.config.do_not_emit_stack_traces = True
-    try:
-        with quiet("torch.export"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.fx.config.do_not_emit_stack_traces = previous
-
-
-def first_lines(error: BaseException, count: int = 3) -> str:
-    """The part of a torch error that a reader can use."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:count]) or type(error).__name__

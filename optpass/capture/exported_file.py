@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_unflatten
 
-from optpass.capture.archive import Archive
-from optpass.capture.export import first_lines, program_of, quiet_export
+from optpass.capture.export import program_of
 from optpass.capture.request import Request
 from optpass.errors import UserError, nearest
+from optpass.interchange.archive import Archive
+from optpass.interchange.deserialise import deserialised
 from optpass.ir.program import Origin, Program
 from optpass.ir.signature import Signature, tree_of_example, tree_of_spec
-from optpass.ir.weights import Expression
 
 DESCRIPTION = "an exported program (.pt2, written by torch.export.save)"
 
@@ -42,50 +41,6 @@ def capture(request: Request) -> Program:
     program = program_of(exported, signature, {}, {}, checkpoint, origin)
     _refuse_sizes(program, request)
     return program
-
-
-def deserialised(archive: Archive) -> ExportedProgram:
-    """The graph by torch's deserialiser, which sees no pickle: weights are fakes, example inputs left out."""
-    from torch._export.serde import schema
-    from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
-
-    json = archive.graph()
-    zeros = _placeholders(json, archive.tensors())
-    # Buffers that were not persistent, and literals, belong to the constants and may not be in the state.
-    transient = _transient_names(json)
-    state = {name: value for name, value in zeros.items() if name not in transient}
-    constants = {name: value for name, value in zeros.items() if name in transient}
-    with quiet_export():
-        try:
-            program = _dict_to_dataclass(  # type: ignore[no-untyped-call]
-                schema.ExportedProgram, json
-            )
-            exported: ExportedProgram = ExportedProgramDeserializer().deserialize(program, state, constants, None)
-        except Exception as error:
-            raise UserError(f"{archive.path} cannot be read by this torch: {first_lines(error)}") from error
-    return exported
-
-
-def _placeholders(json: Mapping[str, Any], tensors: Mapping[str, Expression]) -> dict[str, Tensor]:
-    """Zeros without memory in place of the weights: torch's verifier asks for a tensor of every name."""
-    zeros = {
-        name: torch.zeros((), dtype=expression.dtype).expand(expression.shape) for name, expression in tensors.items()
-    }
-    for spec in json["graph_module"]["signature"]["input_specs"]:
-        name = spec.get("parameter", {}).get("parameter_name")
-        if name in zeros:
-            zeros[name] = nn.Parameter(zeros[name], requires_grad=False)
-    return zeros
-
-
-def _transient_names(json: Mapping[str, Any]) -> set[str]:
-    found: set[str] = set()
-    for spec in json["graph_module"]["signature"]["input_specs"]:
-        if not spec.get("buffer", {}).get("persistent", True):
-            found.add(spec["buffer"]["buffer_name"])
-        if "tensor_constant" in spec:
-            found.add(spec["tensor_constant"]["tensor_constant_name"])
-    return found
 
 
 def _signature(exported: ExportedProgram) -> Signature:

@@ -27,11 +27,12 @@ from typing import Any
 from torch import nn
 
 from optpass.capture.checkpoint_weights import read_weights
-from optpass.capture.export import build_fake, export_program, first_lines
+from optpass.capture.export import build_fake, export_program
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs, inputs_of_example
 from optpass.capture.request import Request
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
+from optpass.quiet import first_lines
 
 DESCRIPTION = "a Python factory: path/to/file.py:function, with its weights as --weights FILE"
 EXAMPLE = "example_inputs"

@@ -23,7 +23,7 @@ def capture(request: Request) -> Program:
     Raises:
         UserError: other sizes are asked for (a graph's sizes are fixed), or the folder is damaged.
     """
-    from optpass.ir.storage import load_program
+    from optpass.interchange.storage import load_program
 
     folder = _folder(request.path)
     assert folder is not None

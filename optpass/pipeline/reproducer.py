@@ -28,7 +28,7 @@ class Reproducer:
     def __call__(self, event: Event) -> None:
         if event.kind != "failed" or isinstance(event.error, (UserError, KeyboardInterrupt)):
             return  # a user's mistake is reproduced by the command itself
-        from optpass.ir.storage import save_program
+        from optpass.interchange.storage import save_program
         from optpass.runtime.components import copy_components
 
         shutil.rmtree(self.folder, ignore_errors=True)

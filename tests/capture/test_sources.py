@@ -180,7 +180,7 @@ def test_the_digest_of_pickled_and_exported_weights_follows_the_content(tmp_path
 def test_a_saved_program_is_a_source(
     unet_folder: Path, tmp_path: Path, small_unet: Any, assert_same_function: Any
 ) -> None:
-    from optpass.ir.storage import save_program
+    from optpass.interchange.storage import save_program
 
     save_program(capture(unet_folder), tmp_path / "saved")
     program = capture(tmp_path / "saved")

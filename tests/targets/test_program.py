@@ -14,8 +14,8 @@ from torch import nn
 from optpass.capture.sources import capture
 from optpass.errors import MissingValuesError, UserError
 from optpass.evaluate.difference import outputs_difference, program_runner, random_inputs
+from optpass.interchange.storage import load_program
 from optpass.ir.program import Program
-from optpass.ir.storage import load_program
 from optpass.ir.text import graph_text
 from optpass.ir.weights import Cast, Constant, Scale, Select
 from optpass.pipeline.target import Lowering

@@ -97,7 +97,7 @@ class _Fraction:
 
 def _archive(graph: Graph) -> bytes:
     """The graph as torch.export's archive, each weight a single zero broadcast to its shape."""
-    from optpass.ir.exported import to_exported
+    from optpass.interchange.exported import to_exported
 
     exported = to_exported(graph)
     # Fake tensors would do, but torch 2.13 writes them as views of one storage and then cannot load that.
@@ -143,7 +143,7 @@ def load_program(folder: Path) -> Program:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    from optpass.capture.configs import read_json
+    from optpass.untrusted import read_json
 
     index = read_json(folder / INDEX)
     version = index.get("schema_version")
@@ -155,8 +155,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _load_entry(folder: Path, entry: Mapping[str, Any]) -> Graph:
-    from optpass.capture.canonical import canonicalise
-    from optpass.capture.configs import inside
+    from optpass.interchange.canonical import canonicalise
+    from optpass.untrusted import inside
 
     exported = read_exported(inside(folder, str(entry["graph"]), folder / INDEX))
     return canonicalise(exported, Signature.from_json(entry["signature"]))
@@ -168,14 +168,14 @@ def read_exported(path: Path) -> ExportedProgram:
     Raises:
         UserError: the file is missing, damaged, or holds more than ATen operators on fixed sizes.
     """
-    from optpass.capture.archive import Archive
-    from optpass.capture.exported_file import deserialised
+    from optpass.interchange.archive import Archive
+    from optpass.interchange.deserialise import deserialised
 
     return deserialised(Archive(path))
 
 
 def _load_weights(folder: Path, record: Mapping[str, Any]) -> WeightStore:
-    from optpass.capture.configs import inside
+    from optpass.untrusted import inside
 
     found: dict[str, Expression] = {}
     if record["file"]:

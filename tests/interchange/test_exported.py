@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from optpass.capture.canonical import canonicalise
-from optpass.ir.exported import to_exported
+from optpass.interchange.canonical import canonicalise
+from optpass.interchange.exported import to_exported
 from optpass.ir.graph import PATH
 from optpass.ir.text import graph_text
 from optpass.testing import capture_module

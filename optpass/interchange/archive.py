@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optpass.capture.pickled import load_weights_only
 from optpass.errors import UserError, WeightError
+from optpass.interchange.pickled import load_weights_only
 from optpass.ir.signature import output_class
 from optpass.ir.weights import Constant, Expression, Shape
 

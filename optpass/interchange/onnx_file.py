@@ -88,7 +88,7 @@ def write_onnx(
 @contextmanager
 def quiet_onnx() -> Iterator[None]:
     """Without the exporter's notes about torchvision, the versions of what it registers, and old pytrees."""
-    from optpass.capture.export import quiet, quiet_export
+    from optpass.quiet import quiet, quiet_export
 
     with quiet("torch.onnx"), quiet_export():
         yield
@@ -97,8 +97,8 @@ def quiet_onnx() -> Iterator[None]:
 def _exported(graph: Graph, opset: int) -> ir.Model:
     import torch
 
-    from optpass.capture.export import first_lines
-    from optpass.ir.exported import to_exported
+    from optpass.interchange.exported import to_exported
+    from optpass.quiet import first_lines
 
     exported, inputs = to_exported(graph), graph.signature.inputs
     outputs = [f"{name}.out" if name in inputs else name for name in graph.signature.outputs]

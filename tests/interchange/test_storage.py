@@ -18,9 +18,9 @@ from torch import nn
 from optpass.capture.export import build_fake, export_program
 from optpass.errors import UserError, WeightError
 from optpass.evaluate.difference import program_difference
+from optpass.interchange.storage import load_program, save_program
 from optpass.ir.program import InputRange, Loop, Origin, Program
 from optpass.ir.safetensors_io import write_safetensors
-from optpass.ir.storage import load_program, save_program
 from optpass.ir.text import graph_text
 from optpass.ir.weights import Constant, Scale
 from optpass.testing import capture_module

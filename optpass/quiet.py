@@ -1,0 +1,44 @@
+"""Libraries without their chatter, and their errors without their walls of text."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def quiet(library: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Without what a library logs below ``level``."""
+    logger = logging.getLogger(library)
+    previous = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(previous)
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Without torch.export's warnings about things that the dialect settles anyway, and without stack traces.
+
+    Provenance comes from module paths; a Python stack for every node costs a tenth of the capture.
+    """
+    previous = torch.fx.config.do_not_emit_stack_traces
+    torch.fx.config.do_not_emit_stack_traces = True
+    try:
+        with quiet("torch.export"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.fx.config.do_not_emit_stack_traces = previous
+
+
+def first_lines(error: BaseException, count: int = 3) -> str:
+    """The part of a torch error that a reader can use."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:count]) or type(error).__name__
