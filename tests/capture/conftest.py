@@ -9,10 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from optpass.evaluate.difference import random_inputs
-from optpass.ir.program import Program
+from torch import nn
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -32,30 +29,6 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 @pytest.fixture(scope="session")
 def random_weights() -> Callable[[nn.Module], nn.Module]:
     return randomise
-
-
-@pytest.fixture(scope="session")
-def assert_same_function() -> Callable[..., None]:
-    """Check that a Program computes what the eager module computes, on random inputs in their ranges."""
-
-    def check(program: Program, module: nn.Module, *, atol: float = 1e-5) -> None:
-        graph = program.entries["full"]
-        tensors = random_inputs(graph.inputs, program.ranges, seed=1)
-        arguments = graph.signature.arguments.unflatten(tensors)
-        with torch.no_grad():
-            expected = leaves(module.eval()(**arguments))
-            found = graph.module(program.weights)(*(tensors[spec.name] for spec in graph.inputs))
-        assert len(found) == len(expected)
-        for got, want in zip(found, expected, strict=True):
-            assert float(want.abs().max()) > 1e-3
-            torch.testing.assert_close(got, want, atol=atol * float(want.abs().max()), rtol=0)
-
-    return check
-
-
-def leaves(value: Any) -> list[Tensor]:
-    found, _ = torch.utils._pytree.tree_flatten(value)
-    return [item for item in found if isinstance(item, Tensor)]
 
 
 @pytest.fixture

@@ -181,7 +181,7 @@ def test_weights_of_another_shape_are_refused(program: Program, tmp_path: Path) 
     save_program(program, tmp_path)
     changed = {**program.used_weights(), "norm.weight": Constant(torch.ones(9))}
     write_safetensors(changed, tmp_path / "weights.safetensors")
-    with pytest.raises(WeightError, match="norm_weight.*shape"):
+    with pytest.raises(WeightError, match=r"norm_weight.*shape"):
         load_program(tmp_path)
 
 
