@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,8 +70,21 @@ def capture(
         raise UserError(f"no weight file at {weights}")
     for kind in KINDS:
         if kind.recognises(request):
-            return kind.capture(request)
+            with collection_paused():
+                return kind.capture(request)
     raise UserError(f"{source} is no checkpoint that optpass knows: {_found(path)}\n{_understood()}")
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Without garbage collection: a capture makes millions of objects that live, and looking at them costs a quarter."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _understood() -> str:

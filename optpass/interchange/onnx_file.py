@@ -63,15 +63,9 @@ def write_onnx(
     _make_lazy(model, weights, allow_nonfinite)
     progress("export to ONNX", 1.0)
     if optimize:
-        from onnxscript import optimizer
-
         progress("optimise the ONNX graph", 0.0)
-        try:
-            with quiet_onnx():
-                optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
-        except Exception as error:
-            # Folding reads small weights, and the optimiser wraps what reading raises.
-            raise _own_error(error) from error
+        if failure := _optimise(model):
+            raise failure
         progress("optimise the ONNX graph", 1.0)
     named = _name_nodes(model)
     data = path.with_name(f"{path.name}.data")
@@ -119,12 +113,25 @@ def _exported(graph: Graph, opset: int) -> ir.Model:
     return program.model
 
 
-def _own_error(error: BaseException) -> BaseException:
-    """The first error in the chain that optpass raised on purpose; ``error`` itself if there is none."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, OptpassError):
-        found = found.__cause__
-    return found or error
+def _optimise(model: ir.Model) -> OptpassError | None:
+    """Simplify ``model`` in place; the error of a weight that could not be read.
+
+    Folding reads small weights, and the optimiser wraps what reading raises. The error is returned and
+    not raised here, where it would become part of the chain that it stands in.
+    """
+    from onnxscript import optimizer
+
+    try:
+        with quiet_onnx():
+            optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, OptpassError):
+            found = found.__cause__
+        if found is None:
+            raise
+        return found
+    return None
 
 
 def _root(error: BaseException) -> BaseException:

@@ -326,9 +326,12 @@ def _replaceable(folder: Path) -> bool:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    while error is not None:
+    seen: set[int] = set()
+    # A chain of causes can be a circle: nothing forbids ``raise cause from error``.
+    while error is not None and id(error) not in seen:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 
