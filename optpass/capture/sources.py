@@ -77,7 +77,7 @@ def capture(
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Without garbage collection: a capture makes millions of objects that live, and looking at them costs a quarter."""
+    """Without garbage collection: a capture makes millions of objects that live; looking at them costs a quarter."""
     enabled = gc.isenabled()
     gc.disable()
     try:
