@@ -15,7 +15,8 @@ from rich.table import Table
 
 from optpass.jsonable import finite
 
-out = Console(highlight=False, soft_wrap=False)
+# A pipe has no width of its own, and 80 columns break the tables.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
 
 

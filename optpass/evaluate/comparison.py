@@ -9,7 +9,7 @@ from typing import Any
 
 from optpass.capture.sources import capture
 from optpass.errors import UserError
-from optpass.evaluate.difference import outputs_difference, random_inputs
+from optpass.evaluate.difference import IDENTICAL_DB, outputs_difference, random_inputs
 from optpass.evaluate.latency import compare_latency
 from optpass.evaluate.quality import Evaluator, psnr
 from optpass.runtime.bundle import MANIFEST, read_manifest
@@ -112,7 +112,7 @@ def _compare_samples(
         "steps": steps,
         "guidance": GUIDANCE,
         "seed": seed,
-        "psnr": psnr(made[0].frames, made[1].frames),
+        "psnr": min(psnr(made[0].frames, made[1].frames), IDENTICAL_DB),
     }
     evaluator = Evaluator.load(after.folder / "evaluator")
     for key, item in zip(("quality_before", "quality_after"), made, strict=True):

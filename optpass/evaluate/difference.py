@@ -13,6 +13,9 @@ from optpass.ir.graph import TensorSpec
 from optpass.ir.program import InputRange, Program
 from optpass.pipeline.target import Runner
 
+IDENTICAL_DB = 300.0
+"""What stands for an infinite ratio in records: float64 itself resolves no more."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -27,7 +30,8 @@ class Difference:
     snr: float
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        """The figures by name; equal tensors have an ``snr`` of :data:`IDENTICAL_DB`, which JSON can say."""
+        return {**asdict(self), "snr": min(self.snr, IDENTICAL_DB)}
 
     def worst(self, other: Difference) -> Difference:
         return Difference(

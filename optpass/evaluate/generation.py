@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from optpass.errors import UserError
+from optpass.evaluate.difference import IDENTICAL_DB
 from optpass.evaluate.quality import Evaluator, psnr
 from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
@@ -23,7 +24,7 @@ def quality_of_program(scope: Scope, metric: str, *, samples: int, steps: int, s
     if metric == "psnr":
         before = _samples(scope.reference, folder, samples, steps, seed, scope.progress, "reference samples")
         after = _samples(scope.program, folder, samples, steps, seed, scope.progress, "samples")
-        return psnr(before.frames, after.frames)
+        return min(psnr(before.frames, after.frames), IDENTICAL_DB)
     evaluator = Evaluator.load(folder / "evaluator")
     after = _samples(scope.program, folder, samples, steps, seed, scope.progress, "samples")
     return evaluator.measure(after.frames, after.labels).as_dict()[metric]
