@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 import sys
 from collections.abc import Sequence
@@ -423,6 +424,8 @@ def _one_of(flag: str, value: str, known: Sequence[str]) -> None:
 
 def main() -> None:
     """Entry point of the ``optpass`` command."""
+    # Importing torch and diffusers makes a million objects that stay: collecting among them costs seconds.
+    gc.set_threshold(200_000, 50, 1000)
     try:
         app()
     except KeyboardInterrupt:
