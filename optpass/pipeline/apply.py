@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from optpass import __version__
 from optpass.analysis.cost import measure
-from optpass.capture.digest import checkpoint_digest
+from optpass.capture.digest import identified
 from optpass.capture.sources import capture
 from optpass.errors import OptpassError, UserError
 from optpass.evaluate.scope import Scope
@@ -94,7 +94,7 @@ def _capture(recipe: Recipe, request: Request) -> Program:
         component=request.component,
         trust_remote_code=request.trust_remote_code,
     )
-    return replace(program, origin=replace(program.origin, digest=checkpoint_digest(program)))
+    return identified(program)
 
 
 def _run(

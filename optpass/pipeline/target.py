@@ -41,12 +41,17 @@ class Lowering:
 
 @dataclass(frozen=True)
 class LoweredEntry:
-    """One engine: its files relative to the bundle, ``main`` first, and facts for the report."""
+    """One engine: its main file relative to the bundle, and facts for the report.
+
+    ``digests`` gives the hex SHA-256 of files (its own or shared ones) that were hashed while they were
+    written; the bundle reads every other file once more for its hash.
+    """
 
     main: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 class Target(Options):

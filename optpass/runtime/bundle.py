@@ -260,16 +260,19 @@ class BundleWriter:
         options: Mapping[str, Any],
         engines: Mapping[str, LoweredEntry],
     ) -> Manifest:
-        """Add the pipeline's other components and the manifest, which hashes every file in :attr:`folder`.
+        """Add the pipeline's other components and the manifest, with a hash of every file in :attr:`folder`.
 
-        With no ``engines`` (structure only) the bundle is a report.
+        Files that were hashed as they were written are not read again. With no ``engines`` (structure
+        only) the bundle is a report.
         """
+        digests = {name: digest for engine in engines.values() for name, digest in engine.digests.items()}
         components = next(
             (entry.details["components"] for entry in engines.values() if "components" in entry.details), None
         )
         if components is None and engines and component_files(program.origin):
             components = COMPONENTS
-            copy_components(program.origin, self.folder / COMPONENTS)
+            copied = copy_components(program.origin, self.folder / COMPONENTS)
+            digests |= {f"{COMPONENTS}/{name}": digest for name, digest in copied.items()}
         manifest = Manifest(
             schema_version=SCHEMA,
             optpass=__version__,
@@ -279,7 +282,7 @@ class BundleWriter:
             ranges={name: RangeRecord(**span.as_json()) for name, span in program.ranges.items()},
             origin=program.origin.as_json(),
             components=components,
-            files=_hashes(self.folder),
+            files=_records(self.folder, digests),
         )
         (self.folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         self._finished = True
@@ -325,12 +328,12 @@ def _entry(program: Program, name: str, engine: LoweredEntry) -> EntryRecord:
     )
 
 
-def _hashes(folder: Path) -> dict[str, FileRecord]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    return {
-        path.relative_to(folder).as_posix(): FileRecord(sha256=file_digest(path), bytes=path.stat().st_size)
-        for path in files
-    }
+def _records(folder: Path, digests: Mapping[str, str]) -> dict[str, FileRecord]:
+    records = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        name = path.relative_to(folder).as_posix()
+        records[name] = FileRecord(sha256=digests.get(name) or file_digest(path), bytes=path.stat().st_size)
+    return records
 
 
 def _replaceable(folder: Path) -> bool:
