@@ -37,7 +37,8 @@ LARGE = 1 << 30
 class OnnxRuntime(Target):
     """ONNX files with external data, one per entry, run by ONNX Runtime.
 
-    fp32 and fp16 graphs run on every provider (the CPU computes fp16 in fp32). bf16, fp64 and complex
+    fp32 and fp16 graphs run on every provider (the CPU computes fp16 in fp32, which takes longer than fp32
+    weights do; ``--dtype float32`` trades size for that). bf16, fp64 and complex
     graphs are refused: its CPU kernels for convolution and matrix products lack them.
     """
 
@@ -55,6 +56,7 @@ class OnnxRuntime(Target):
         True, description="threads wait busily between the operators of a call (faster, never after it)"
     )
 
+    floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
     extra: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 

@@ -92,7 +92,7 @@ class ExternalData:
                 stretch.length,
                 tensor.dtype,
                 name=str(value.name),
-                shape=onnx_ir.Shape(list(tensor.shape)),
+                shape=onnx_ir.Shape(tensor.shape.numpy()),
                 base_dir=self.path.parent,
             )
             total += stretch.length

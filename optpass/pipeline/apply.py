@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from optpass import __version__
 from optpass.analysis.cost import measure
 from optpass.capture.digest import identified
+from optpass.capture.precision import precision
 from optpass.capture.sources import capture
 from optpass.errors import OptpassError, UserError
 from optpass.evaluate.scope import Scope
@@ -53,6 +54,7 @@ def apply(
         OptpassError: a pass failed; the message names the reproducer.
     """
     started = time.perf_counter()
+    recipe = replace(recipe, dtype=request.dtype or recipe.dtype)
     lowers = not request.structure_only or recipe.target.structure_only
     if lowers:
         type(recipe.target).check_installed(recipe.target_name)
@@ -93,6 +95,8 @@ def _capture(recipe: Recipe, request: Request) -> Program:
         weights=request.weights,
         component=request.component,
         trust_remote_code=request.trust_remote_code,
+        dtype=precision(recipe.dtype),
+        floats=type(recipe.target).floats,
     )
     return identified(program)
 

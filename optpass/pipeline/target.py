@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
+from optpass.capture.precision import PRECISIONS
 from optpass.errors import UserError
 from optpass.ir.graph import TensorSpec
 from optpass.ir.program import Program
@@ -65,6 +67,8 @@ class Target(Options):
     """Whether :meth:`load` can execute what :meth:`lower` wrote on this machine."""
     structure_only: ClassVar[bool] = False
     """Whether a Program without weight values can be lowered."""
+    floats: ClassVar[frozenset[torch.dtype]] = frozenset(PRECISIONS.values())
+    """Dtypes that its engines compute in; a checkpoint of another one is captured in float32, if nobody objects."""
 
     @classmethod
     def missing_packages(cls) -> list[str]:

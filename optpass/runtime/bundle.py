@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from optpass.ir.weights import dtype_from_name
 from optpass.pipeline.options import validated
 from optpass.pipeline.target import LoweredEntry
 from optpass.runtime.components import component_files, copy_components
+from optpass.runtime.workfolder import WorkFolder
 
 MANIFEST = "manifest.json"
 COMPONENTS = "components"
@@ -197,17 +197,16 @@ class BundleWriter:
     """Context in which a bundle is written to a hidden sibling of ``out`` and renamed at the end.
 
     Write into :attr:`folder`, then call :meth:`finish`. However the context is left, ``out`` is either
-    the finished bundle or what it was before; the sibling is gone.
+    the finished bundle or what it was before; the sibling is gone. Those of killed processes go with the
+    next writer for the same ``out``.
     """
 
     def __init__(self, out: Path, *, force: bool = False) -> None:
         self.out = out
         self.force = force
-        token = secrets.token_hex(4)
-        name = Path(os.path.abspath(out)).name
-        parent = Path(os.path.abspath(out)).parent
-        self.folder = parent / f".{name}.partial-{token}"
-        self._aside = parent / f".{name}.replaced-{token}"
+        self._work = WorkFolder(out)
+        self.folder = self._work.path
+        self._aside = self.folder.with_name(f".{Path(os.path.abspath(out)).name}.replaced-{self._work.token}")
         self._expected = 0
         self._finished = False
 
@@ -218,7 +217,7 @@ class BundleWriter:
         """
         self._refuse_existing()
         try:
-            self.folder.mkdir(parents=True)
+            self._work.make()
         except OSError as error:
             raise UserError(f"cannot write to {self.folder.parent}: {error.strerror}") from error
         return self
@@ -236,7 +235,7 @@ class BundleWriter:
                 self._commit()
         finally:
             written = _size(self.folder) if error is not None and _is_full(error) else 0
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._work.remove()
             if error is not None and _is_full(error):
                 raise self._full(max(written, self._expected)) from error
 
