@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from optpass.errors import OptpassError, UserError
 from optpass.interchange.external_data import ExternalData, lazy_tensor
+from optpass.interchange.onnx_simplify import simplify
 from optpass.ir.graph import Graph
 from optpass.ir.weights import Permute, WeightStore
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-FOLD_LIMIT = 8192
 Progress = Callable[[str, float], None]
 
 
@@ -114,11 +114,9 @@ def _optimise(model: ir.Model) -> OptpassError | None:
     Folding reads small weights, and the optimiser wraps what reading raises. The error is returned and
     not raised here, where it would become part of the chain that it stands in.
     """
-    from onnxscript import optimizer
-
     try:
         with quiet_onnx():
-            optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+            simplify(model)
     except Exception as error:
         found: BaseException | None = error
         while found is not None and not isinstance(found, OptpassError):
