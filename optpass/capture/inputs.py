@@ -16,17 +16,44 @@ is added by whoever needs it::
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from optpass.errors import UserError, nearest
 from optpass.ir.program import InputRange
 
-Dimension = int | str
+
+@dataclass(frozen=True)
+class Product:
+    """A size that follows from named ones: their product times ``factor``, divided by ``divisor``."""
+
+    names: tuple[str, ...]
+    factor: int = 1
+    divisor: int = 1
+
+    def of(self, sizes: Mapping[str, int]) -> int:
+        """Its value."""
+        return math.prod(sizes[name] for name in self.names) * self.factor // self.divisor
+
+    def __str__(self) -> str:
+        text = "·".join([*([str(self.factor)] if self.factor != 1 else []), *self.names])
+        return text if self.divisor == 1 else f"{text}/{self.divisor}"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Where a constant argument holds a size itself: the named one, as a Python integer."""
+
+    name: str
+
+
+Dimension = int | str | Product
 
 
 @dataclass(frozen=True)
@@ -42,8 +69,9 @@ class Input:
 class Inputs:
     """All inputs of a model's forward.
 
-    A dot in a name nests (``added_cond_kwargs.time_ids``). ``sizes`` are the defaults of the named
-    dimensions. ``constants`` are arguments that are no tensors.
+    A dot in a name nests (``added_cond_kwargs.time_ids``; numbers make a tuple). ``sizes`` are the
+    defaults of the named dimensions. ``constants`` are arguments that are no tensors; a :class:`Size`
+    anywhere in them becomes the size, which the user gives as they give a tensor's (``height=32``).
     """
 
     tensors: Mapping[str, Input]
@@ -63,13 +91,16 @@ class Inputs:
             UserError: an override names no input, has another rank, or contradicts the model or another override.
         """
         sizes = {**self.sizes, **{k: v for k, v in defaults.items() if k in self.sizes}}
-        sizes |= _named_sizes(self.tensors, overrides)
+        numbers = {name: Input((value.name,)) for name, value in self.constants.items() if isinstance(value, Size)}
+        sizes |= _named_sizes({**self.tensors, **numbers}, overrides)
         arguments: dict[str, Any] = {}
         for name, tensor in self.tensors.items():
-            shape = [dim if isinstance(dim, int) else sizes[dim] for dim in tensor.dims]
+            shape = [_size(dim, sizes) for dim in tensor.dims]
+            if name in overrides and list(overrides[name]) != shape:
+                raise UserError(f"input {name!r} has {_dims(tensor.dims)}, here {shape}; got {list(overrides[name])}")
             value = torch.empty(shape, dtype=tensor.dtype or dtype, device="meta")
             _put(arguments, name.split("."), value)
-        return {**arguments, **self.constants}
+        return {**_tuples(arguments), **_sized(dict(self.constants), sizes)}
 
 
 Builder = Callable[[Mapping[str, Any]], Inputs]
@@ -170,6 +201,8 @@ def _named_sizes(tensors: Mapping[str, Input], overrides: Mapping[str, Sequence[
             if isinstance(dim, int):
                 if size != dim:
                     raise UserError(f"input {name!r} has {_dims(dims)}, fixed by the model's config; got {list(shape)}")
+            elif isinstance(dim, Product):
+                continue  # follows from the named sizes, with which it is compared when all are known
             elif found.setdefault(dim, size) != size:
                 raise UserError(f"inputs {said_by[dim]!r} and {name!r} disagree on {dim}: {found[dim]} and {size}")
             else:
@@ -179,6 +212,22 @@ def _named_sizes(tensors: Mapping[str, Input], overrides: Mapping[str, Sequence[
 
 def _dims(dims: tuple[Dimension, ...]) -> str:
     return f"{len(dims)} dimensions ({', '.join(map(str, dims))})" if dims else "no dimensions"
+
+
+def _size(dim: Dimension, sizes: Mapping[str, int]) -> int:
+    return dim if isinstance(dim, int) else dim.of(sizes) if isinstance(dim, Product) else sizes[dim]
+
+
+def _sized(value: Any, sizes: Mapping[str, int]) -> Any:
+    return tree_map_only(Size, lambda size: sizes[size.name], value)
+
+
+def _tuples(value: Any) -> Any:
+    """Dicts whose keys count from 0 become the tuples that dotted names cannot spell."""
+    if not isinstance(value, dict):
+        return value
+    items = {key: _tuples(item) for key, item in value.items()}
+    return tuple(items.values()) if list(items) == [str(i) for i in range(len(items))] and items else items
 
 
 def _put(arguments: dict[str, Any], path: list[str], value: Tensor) -> None:

@@ -184,9 +184,9 @@ def config_file(config: Mapping[str, Any], folder: Path) -> Path:
 
 
 def full_parameters(case: Case) -> int:
-    """Parameters of the published configuration, as its library builds it; nothing is exported."""
+    """Floating values that a checkpoint of the published configuration holds; nothing is exported."""
     from optpass.capture.export import build_fake
 
     assert case.full is not None
     module, _ = build_fake(lambda: _built(Case(case.name, case.full or {})))
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(value.numel() for value in module.state_dict().values() if value.is_floating_point())
