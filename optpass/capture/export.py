@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 
+from optpass.canonical.rewrites import rewrite
 from optpass.capture.binding import bind
+from optpass.capture.tracing import data_is_traced, failing_module
 from optpass.errors import UserError
 from optpass.interchange.canonical import canonicalise
 from optpass.ir.dialect import verify
@@ -93,19 +95,21 @@ def export_program(
     ``None`` for a structure-only capture.
 
     Raises:
-        UserError: torch.export refuses the model; the message carries its reason.
+        UserError: torch.export refuses the model; the message carries the module path and the reason.
         WeightError: the checkpoint lacks a weight, or one has another shape.
     """
     with mode:
         fakes = torch.utils._pytree.tree_map_only(
             Tensor, lambda t: t if isinstance(t, FakeTensor) else torch.empty(t.shape, dtype=t.dtype), dict(arguments)
         )
-    with quiet_export(), torch.no_grad():
+    with quiet_export(), torch.no_grad(), data_is_traced():
         # Under no_grad, a model's own no_grad blocks change nothing and leave no nested graph behind.
         try:
             exported = torch.export.export(module, (), fakes, strict=False)
         except Exception as error:
-            raise UserError(f"torch.export cannot capture {type(module).__name__}: {first_lines(error)}") from error
+            # Torch's own hint at a line of code ends in the frames of the tracer.
+            where, reason = failing_module(error, module), first_lines(error).partition(" Caused by:")[0]
+            raise UserError(f"torch.export cannot capture {type(module).__name__}: at {where}: {reason}") from error
     signature = Signature(
         parameters=tuple(inspect.signature(module.forward).parameters),
         arguments=tree_of_example(fakes, ""),
@@ -133,6 +137,7 @@ def program_of(
         WeightError: as :func:`optpass.capture.binding.bind`.
     """
     graph = canonicalise(exported, signature)
+    constants = rewrite(graph, constants)
     _merge_tied(graph, aliases, checkpoint or {})
     weights = bind(graph, aliases, constants, checkpoint)
     program = Program({ENTRY: graph}, weights, origin, Loop(ENTRY) if loop else None, dict(ranges or {}))

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from optpass.errors import UserError, nearest
 from optpass.ir.program import InputRange
@@ -71,7 +71,7 @@ class Inputs:
 
     A dot in a name nests (``added_cond_kwargs.time_ids``; numbers make a tuple). ``sizes`` are the
     defaults of the named dimensions. ``constants`` are arguments that are no tensors; a :class:`Size`
-    anywhere in them becomes the size, which the user gives as they give a tensor's (``height=32``).
+    anywhere in them becomes the number, which the user gives under the size's name (``height=32``).
     """
 
     tensors: Mapping[str, Input]
@@ -91,8 +91,8 @@ class Inputs:
             UserError: an override names no input, has another rank, or contradicts the model or another override.
         """
         sizes = {**self.sizes, **{k: v for k, v in defaults.items() if k in self.sizes}}
-        numbers = {name: Input((value.name,)) for name, value in self.constants.items() if isinstance(value, Size)}
-        sizes |= _named_sizes({**self.tensors, **numbers}, overrides)
+        numbers = [leaf.name for leaf in tree_leaves(dict(self.constants)) if isinstance(leaf, Size)]
+        sizes |= _named_sizes({**self.tensors, **{name: Input((name,)) for name in numbers}}, overrides)
         arguments: dict[str, Any] = {}
         for name, tensor in self.tensors.items():
             shape = [_size(dim, sizes) for dim in tensor.dims]

@@ -202,11 +202,11 @@ COGVIDEOX_5B_FULL = config(
 PIXART = config(
     "PixArtTransformer2DModel",
     num_attention_heads=2,
-    attention_head_dim=8,
+    attention_head_dim=12,
     in_channels=4,
     out_channels=8,
     num_layers=2,
-    cross_attention_dim=16,
+    cross_attention_dim=24,
     sample_size=8,
     caption_channels=12,
     use_additional_conditions=True,
@@ -354,7 +354,7 @@ CASES = [
     Case(
         "LTX-Video",
         LTX,
-        {"num_frames": (2,), "height": (3,), "width": (5,), "encoder_hidden_states": (2, 7, 12)},
+        {"frames": (2,), "height": (3,), "width": (5,), "encoder_hidden_states": (2, 7, 12)},
         full=config("LTXVideoTransformer3DModel"),
         published=1.923e9,
     ),
@@ -396,7 +396,7 @@ CASES = [
     Case(
         "Qwen-Image",
         QWEN,
-        {"hidden_states": (2, 24, 8), "encoder_hidden_states": (2, 5, 12)},
+        {"height": (4,), "width": (6,), "encoder_hidden_states": (2, 5, 12)},
         full=config("QwenImageTransformer2DModel"),
         published=20.43e9,
     ),

@@ -103,15 +103,17 @@ def small_model(case: Case) -> nn.Module:
 def _built(case: Case) -> nn.Module:
     if case.factory is not None:
         return case.factory()
-    if "_class_name" in case.config:
+    config = json.loads(json.dumps(dict(case.config)))
+    if "_class_name" in config:
         import diffusers
 
-        model: nn.Module = getattr(diffusers, case.config["_class_name"]).from_config(dict(case.config))
+        model: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
         return model
     import transformers
 
-    config = transformers.CONFIG_MAPPING[case.config["model_type"]].from_dict(dict(case.config))
-    built: nn.Module = getattr(transformers, case.config["architectures"][0])(config)
+    built: nn.Module = getattr(transformers, config["architectures"][0])(
+        transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    )
     return built
 
 
