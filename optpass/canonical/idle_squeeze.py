@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optpass.ir.graph import Graph, value_of
+from optpass.ir.graph import Graph, shape_of, value_of
 
 aten = torch.ops.aten
 OPERATORS = (aten.squeeze.dim, aten.squeeze.dims)
@@ -28,9 +28,9 @@ def idle_squeeze(graph: Graph, constants: dict[str, Tensor]) -> None:
 
 
 def _drop_idle(graph: Graph, node: Node, source: Any, given: Any) -> None:
-    sizes = value_of(source).shape
+    sizes = shape_of(source)
     dims = [d % max(len(sizes), 1) for d in (given if isinstance(given, (list, tuple)) else [given])]
-    kept = [d for d in dims if isinstance(sizes[d], int) and sizes[d] == 1] if len(sizes) else []
+    kept = [d for d in dims if sizes[d] == 1] if len(sizes) else []
     if not kept or value_of(node).dim() == len(sizes):
         node.replace_all_uses_with(source)
         graph.fx.erase_node(node)

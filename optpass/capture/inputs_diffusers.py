@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from optpass.capture.inputs import TIMESTEP, TIMESTEPS, Dimension, Input, Inputs, Product, Size, input_builder, integers
+from optpass.capture.inputs import TIMESTEP, TIMESTEPS, Dim, Input, Inputs, Number, Product, input_builder, integers
 from optpass.errors import UserError
 from optpass.ir.program import InputRange
 
@@ -16,6 +16,7 @@ CLIP_TOKENS = 257
 """Patches of a 224-pixel image in CLIP's ViT-H/14, and its class token."""
 WAN_TEXT_TOKENS = 512
 UNIT_TIMESTEPS = Input(("batch",), None, InputRange(0.0, 1.0, "uniform"))
+NO_CONDITIONS = {"resolution": None, "aspect_ratio": None}
 UNSIZED = 32
 """Latent height and width where a config does not say (``sample_size`` is ``null``)."""
 
@@ -25,6 +26,18 @@ def image_sizes(config: Config, default: int = UNSIZED) -> dict[str, int]:
     size = config.get("sample_size") or default
     height, width = (size, size) if isinstance(size, int) else size
     return {"batch": 1, "height": height, "width": width}
+
+
+def halvings(config: Config) -> dict[str, int]:
+    """A UNet halves height and width between its blocks and must meet the same sizes on the way up."""
+    step = 2 ** (len(config["block_out_channels"]) - 1)
+    return {"height": step, "width": step}
+
+
+def patches(config: Config) -> dict[str, int]:
+    """A transformer cuts height and width into patches."""
+    step = config.get("patch_size") or 1
+    return {"height": step, "width": step}
 
 
 def image(channels: int) -> Input:
@@ -46,7 +59,7 @@ def text_mask() -> Input:
 def unet_2d(config: Config) -> Inputs:
     """Unconditional or class-conditional image UNet."""
     tensors = {"sample": image(config["in_channels"]), "timestep": TIMESTEP}
-    return Inputs(tensors | class_labels(config), image_sizes(config))
+    return Inputs(tensors | class_labels(config), image_sizes(config), steps=halvings(config))
 
 
 @input_builder("UNet2DConditionModel")
@@ -62,7 +75,7 @@ def unet_2d_condition(config: Config) -> Inputs:
         "encoder_hidden_states": Input(("batch", "tokens", context_width(config))),
     }
     tensors |= class_labels(config) | added_conditions(config)
-    return Inputs(tensors, {**image_sizes(config), "tokens": TEXT_TOKENS})
+    return Inputs(tensors, {**image_sizes(config), "tokens": TEXT_TOKENS}, steps=halvings(config))
 
 
 def context_width(config: Config) -> int:
@@ -111,7 +124,8 @@ def unet_spatio_temporal(config: Config) -> Inputs:
         "encoder_hidden_states": Input(("batch", 1, context_width(config))),
         "added_time_ids": Input(("batch", numbers), None, InputRange(0.0, 128.0, "uniform")),
     }
-    return Inputs(tensors, {**image_sizes(config), "frames": config.get("num_frames") or 14})
+    sizes = {**image_sizes(config), "frames": config.get("num_frames") or 14}
+    return Inputs(tensors, sizes, steps=halvings(config))
 
 
 @input_builder("DiTTransformer2DModel", "Transformer2DModel")
@@ -131,7 +145,7 @@ def dit(config: Config) -> Inputs:
     if config.get("cross_attention_dim"):
         tensors["encoder_hidden_states"] = Input(("batch", "tokens", context_width(config)))
         sizes["tokens"] = TEXT_TOKENS
-    return Inputs(tensors, sizes)
+    return Inputs(tensors, sizes, steps=patches(config))
 
 
 @input_builder("AutoencoderTiny", "AutoencoderKL")
@@ -149,7 +163,7 @@ def sd3_transformer(config: Config) -> Inputs:
         "pooled_projections": Input(("batch", config["pooled_projection_dim"])),
         "timestep": TIMESTEPS,
     }
-    return Inputs(tensors, {**image_sizes(config, 128), "tokens": 154})
+    return Inputs(tensors, {**image_sizes(config, 128), "tokens": 154}, steps=patches(config))
 
 
 @input_builder("FluxTransformer2DModel")
@@ -182,9 +196,10 @@ def wan_transformer(config: Config) -> Inputs:
         # The transformer cuts the joint context into image and text where the text has its trained length.
         tensors["encoder_hidden_states"] = Input(("batch", WAN_TEXT_TOKENS, config["text_dim"]))
         # First and last frame come as two images of each clip.
-        images: Dimension = Product(("batch",), 2) if config.get("pos_embed_seq_len") else "batch"
+        images: Dim = Product(("batch",), 2) if config.get("pos_embed_seq_len") else "batch"
         tensors["encoder_hidden_states_image"] = Input((images, CLIP_TOKENS, config["image_dim"]))
-    return Inputs(tensors, {"batch": 1, "frames": 21, "height": 60, "width": 104, "tokens": WAN_TEXT_TOKENS})
+    sizes = {"batch": 1, "frames": 21, "height": 60, "width": 104, "tokens": WAN_TEXT_TOKENS}
+    return Inputs(tensors, sizes, steps=dict(zip(("frames", "height", "width"), config["patch_size"], strict=True)))
 
 
 @input_builder("LTXVideoTransformer3DModel")
@@ -197,9 +212,9 @@ def ltx_transformer(config: Config) -> Inputs:
         "encoder_attention_mask": text_mask(),
     }
     constants = {
-        "num_frames": Size("frames"),
-        "height": Size("height"),
-        "width": Size("width"),
+        "num_frames": Number("frames"),
+        "height": Number("height"),
+        "width": Number("width"),
         "rope_interpolation_scale": (8 / 25, 32.0, 32.0),
     }
     return Inputs(tensors, {"batch": 1, "frames": 21, "height": 16, "width": 24, "tokens": 128}, constants)
@@ -217,7 +232,8 @@ def hunyuan_video_transformer(config: Config) -> Inputs:
     }
     if config.get("guidance_embeds"):
         tensors["guidance"] = Input(("batch",), None, InputRange(1000.0, 8000.0, "uniform"))
-    return Inputs(tensors, {"batch": 1, "frames": 33, "height": 90, "width": 160, "tokens": 256})
+    sizes = {"batch": 1, "frames": 33, "height": 90, "width": 160, "tokens": 256}
+    return Inputs(tensors, sizes, steps={**patches(config), "frames": config["patch_size_t"]})
 
 
 @input_builder("CogVideoXTransformer3DModel")
@@ -238,7 +254,7 @@ def cogvideox_transformer(config: Config) -> Inputs:
         table = Input((tokens, config["attention_head_dim"]), None, InputRange(-1.0, 1.0, "uniform"))
         tensors |= {"image_rotary_emb.0": table, "image_rotary_emb.1": table}
     sizes = {"batch": 1, "frames": frames, "height": config["sample_height"], "width": config["sample_width"]}
-    return Inputs(tensors, sizes)
+    return Inputs(tensors, sizes, steps={**patches(config), "frames": patch_t or 1})
 
 
 @input_builder("PixArtTransformer2DModel")
@@ -255,10 +271,7 @@ def pixart_transformer(config: Config) -> Inputs:
         tensors["added_cond_kwargs.resolution"] = Input(("batch", 2), None, InputRange(256.0, 1024.0, "uniform"))
         tensors["added_cond_kwargs.aspect_ratio"] = Input(("batch", 1), None, InputRange(0.5, 2.0, "uniform"))
     constants = {} if "added_cond_kwargs.resolution" in tensors else {"added_cond_kwargs": NO_CONDITIONS}
-    return Inputs(tensors, {**image_sizes(config), "tokens": 120}, constants)
-
-
-NO_CONDITIONS = {"resolution": None, "aspect_ratio": None}
+    return Inputs(tensors, {**image_sizes(config), "tokens": 120}, constants, patches(config))
 
 
 @input_builder("LatteTransformer3DModel")
@@ -269,7 +282,8 @@ def latte_transformer(config: Config) -> Inputs:
         "timestep": TIMESTEPS,
         "encoder_hidden_states": Input(("batch", "tokens", config["caption_channels"])),
     }
-    return Inputs(tensors, {**image_sizes(config), "frames": config["video_length"], "tokens": 120})
+    sizes = {**image_sizes(config), "frames": config["video_length"], "tokens": 120}
+    return Inputs(tensors, sizes, steps=patches(config))
 
 
 @input_builder("QwenImageTransformer2DModel")
@@ -285,7 +299,7 @@ def qwen_image_transformer(config: Config) -> Inputs:
     }
     if config.get("guidance_embeds"):
         tensors["guidance"] = Input(("batch",), None, InputRange(1.0, 8.0, "uniform"))
-    constants = {"img_shapes": [[(1, Size("height"), Size("width"))]]}
+    constants = {"img_shapes": [[(1, Number("height"), Number("width"))]]}
     return Inputs(tensors, {"batch": 1, "height": 64, "width": 64, "tokens": 512}, constants)
 
 
@@ -296,7 +310,8 @@ def controlnet(config: Config) -> Inputs:
     scale = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
     pixels = (Product(("height",), scale), Product(("width",), scale))
     condition = Input(("batch", config["conditioning_channels"], *pixels))
-    return Inputs({**unet.tensors, "controlnet_cond": condition}, {**unet.sizes, "height": 64, "width": 64})
+    sizes = {**unet.sizes, "height": 64, "width": 64}
+    return Inputs({**unet.tensors, "controlnet_cond": condition}, sizes, steps=halvings(config))
 
 
 @input_builder("AutoencoderKLWan")

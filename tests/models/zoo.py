@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from case import Case
 from torch import Tensor, nn
 
 from optpass.analysis.cost import measure
+from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
 from optpass.capture.sources import capture
+from optpass.capture.spans import Span
 from optpass.errors import OptpassError
 from optpass.evaluate.difference import outputs_difference, program_runner, random_inputs
 from optpass.ir.dialect import verify_shapes
@@ -78,7 +80,7 @@ def run(case: Case, folder: Path) -> Facts:
             program = capture(source, inputs=case.inputs, **options)
         graph = program.entries[ENTRY]
         facts.nodes, facts.parameters = len(graph.calls), measure(program).totals.parameters
-        tensors = random_inputs(graph.inputs, program.ranges, seed=1)
+        tensors = random_inputs(graph.inputs_at(), program.ranges, seed=1)
         expected = eager(program, model, tensors)
         with facts.stage("program"):
             verify_shapes(program)
@@ -92,6 +94,72 @@ def run(case: Case, folder: Path) -> Facts:
     except StageError:
         pass
     return facts
+
+
+def run_dynamic(case: Case, folder: Path) -> Facts:
+    """``case`` with all of ``case.dynamic`` open: one engine, run at both ends of the ranges.
+
+    A dimension with a limit (``dynamic:NAME``) is opened alone besides, to see it fail.
+    """
+    facts = Facts(case.name)
+    model = small_model(case)
+    source, options = saved(case, model, folder / "model")
+    declared = inputs_of(case, model)
+    opens = {f"dynamic:{name}": [name] for name in limited(case)} | ({"dynamic": case.dynamic} if case.dynamic else {})
+    for stage, names in opens.items():
+        with suppress(StageError), facts.stage(stage):
+            program = capture(source, inputs=opened(case, declared, names), **options)
+            facts.engine_error = _dynamic_error(case, model, program, folder / stage)
+    return facts
+
+
+def _dynamic_error(case: Case, model: nn.Module, program: Program, folder: Path) -> float:
+    graph = program.entries[ENTRY]
+    folder.mkdir()
+    engine = engine_of(program, folder, OnnxRuntime(threads=1).lower(program, Lowering(folder))[ENTRY])
+    errors = []
+    for sizes in graph.dimensions.alternatives():
+        tensors = random_inputs(graph.inputs_at(sizes), program.ranges, seed=2)
+        expected = eager(program, model, tensors)
+        error_of(case, expected, program_runner(program, ENTRY)(tensors))
+        errors.append(error_of(case, expected, engine(tensors)))
+    if not errors:
+        raise DisagreementError(f"no sizes to try: {graph.dimensions}")
+    return max(errors)
+
+
+def limited(case: Case) -> list[str]:
+    """The dimensions of which the case says why they cannot stay open."""
+    return [key.partition(":")[2] for key in case.limits if key.startswith("dynamic:")]
+
+
+def inputs_of(case: Case, model: Any) -> Inputs:
+    """The declared inputs of the small model: names of its dimensions, default sizes."""
+    from optpass.capture import inputs_diffusers
+    from optpass.capture.inputs_transformers import transformers_inputs
+
+    assert inputs_diffusers
+    if case.factory is not None:
+        return given_inputs(model, case.inputs)
+    if builder := BUILDERS.get(type(model).__name__):
+        return builder(model.config if "_class_name" in case.config else model.config.to_dict())
+    return transformers_inputs(model, model.config.to_dict())
+
+
+def opened(case: Case, declared: Inputs, names: Collection[str]) -> dict[str, list[Any]]:
+    """The sizes of ``case`` with the dimensions ``names`` open, from half to twice their size (a batch from 1)."""
+    found: dict[str, list[Any]] = {}
+    known = dict(declared.sizes)
+    for name, sizes in case.inputs.items():
+        dims = declared.tensors[name].dims if name in declared.tensors else (name,)
+        known |= {dim: size for dim, size in zip(dims, sizes, strict=True) if isinstance(dim, str)}
+        found[name] = [_span(size) if dim in names else size for dim, size in zip(dims, sizes, strict=True)]
+    said = {dim for name in found if name in declared.tensors for dim in declared.tensors[name].dims}
+    return found | {name: [_span(known[name])] for name in names if name not in said}
+
+
+def _span(size: int) -> Span:
+    return Span(max(1, size // 2), size * 2)
 
 
 def small_model(case: Case) -> nn.Module:
@@ -146,7 +214,7 @@ def engine_of(
     signature = program.entries[ENTRY].signature
     record = {"engine": entry.main, "outputs": [spec.as_json() for spec in entry.outputs]}
     runner = OnnxRuntime.load(folder, record, {"threads": 1})
-    module = EngineModule(signature, entry.inputs, entry.outputs, runner)
+    module = EngineModule(signature, entry.inputs, entry.outputs, runner, dimensions=program.entries[ENTRY].dimensions)
     return lambda tensors: signature.output.flatten(module(**signature.arguments.unflatten(tensors)))
 
 
@@ -176,6 +244,15 @@ def check(case: Case, facts: Facts) -> None:
             assert re.search(limit, failure), f"{case.name}: {stage} fails with another error: {failure}"
         if failure is not None:
             return
+
+
+def check_dynamic(case: Case, facts: Facts) -> None:
+    """Assert that the dimensions which should stay open do, and that those with a limit fail as stated."""
+    assert "dynamic" not in facts.failures, f"{case.name}: {facts.failures['dynamic']}"
+    for name in limited(case):
+        limit, failure = case.limits[f"dynamic:{name}"], facts.failures.get(f"dynamic:{name}")
+        assert failure is not None, f"{case.name}: {name} stays open now: take its limit out"
+        assert re.search(limit, failure), f"{case.name}: {name} fails with another error: {failure}"
 
 
 def config_file(config: Mapping[str, Any], folder: Path) -> Path:
