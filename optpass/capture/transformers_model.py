@@ -14,6 +14,7 @@ from optpass.capture.configs import config_path, model_config, refuse_remote_cod
 from optpass.capture.export import build_fake, export_program
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
 from optpass.capture.request import Request
+from optpass.capture.transformers_weights import module_weights
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Expression
@@ -108,29 +109,4 @@ def _inputs(module: nn.Module, config: Mapping[str, Any], request: Request) -> I
 
 def _weights(module: Any, request: Request) -> dict[str, Expression] | None:
     found = read_weights(request.weights) if request.weights else folder_weights(request.path)
-    return None if found is None else _renamed(module, found)
-
-
-def _renamed(module: Any, found: Mapping[str, Expression]) -> dict[str, Expression]:
-    """Checkpoint names → the module's names, by transformers' own table.
-
-    Raises:
-        UserError: transformers would also compute on the values (fused experts …), which is not lazy.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(module)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    wanted = dict(module.state_dict())
-    renamed: dict[str, Expression] = {}
-    for name in sorted(found):
-        target, converted = rename_source_key(name, renamings, converters, module.base_model_prefix, wanted)
-        if converted is not None:
-            raise UserError(
-                f"transformers computes {target!r} from {name!r} when it loads this checkpoint, which lazy weights "
-                "cannot; give the model as path/to/file.py:function with weights under the module's own names"
-            )
-        renamed[target] = found[name]
-    return renamed
+    return None if found is None else module_weights(module, found)
