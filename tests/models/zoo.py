@@ -73,6 +73,7 @@ def run(case: Case, folder: Path) -> Facts:
     facts = Facts(case.name)
     model = small_model(case)
     source, options = saved(case, model, folder / "model")
+    model = model.get_submodule(case.component)
     try:
         with facts.stage("capture"):
             program = capture(source, inputs=case.inputs, **options)
@@ -119,7 +120,7 @@ def saved(case: Case, model: Any, folder: Path) -> tuple[str, dict[str, Any]]:
     """The model as a checkpoint that its library writes: the source for ``capture`` and its options."""
     if case.factory is None:
         model.save_pretrained(folder)
-        return str(folder), {}
+        return str(folder), {"component": case.component} if case.component else {}
     from safetensors.torch import save_model
 
     folder.mkdir()
