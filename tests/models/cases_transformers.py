@@ -239,15 +239,29 @@ PAIRS_AND_TEXTS = [
 CLIPS = [
     Case(
         "VideoMAE",
-        of("videomae", "VideoMAEForVideoClassification", **PATCHES, num_frames=4, tubelet_size=2, num_labels=3),
-        {"pixel_values": (2, 4, 3, 16, 16)},
+        of(
+            "videomae",
+            "VideoMAEForVideoClassification",
+            **{**PATCHES, "image_size": [24, 16]},
+            num_frames=4,
+            tubelet_size=2,
+            num_labels=3,
+        ),
+        {"pixel_values": (2, 4, 3, 24, 16)},
         full=of("videomae", "VideoMAEForVideoClassification", num_labels=400),
         published=86.5e6,
         note="MCG-NJU/videomae-base-finetuned-kinetics",
     ),
     Case(
         "ViViT",
-        of("vivit", "VivitForVideoClassification", **PATCHES, num_frames=4, tubelet_size=[2, 4, 4], num_labels=3),
+        of(
+            "vivit",
+            "VivitForVideoClassification",
+            **{**PATCHES, "image_size": [24, 16]},
+            num_frames=4,
+            tubelet_size=[2, 4, 4],
+            num_labels=3,
+        ),
         {"pixel_values": (2, 4, 3, 24, 16)},
         full=of("vivit", "VivitForVideoClassification", num_labels=400),
         published=89.0e6,
@@ -334,7 +348,7 @@ DENSE = [
             neck_hidden_sizes=[4, 8, 12, 16],
             fusion_hidden_size=8,
         ),
-        {"pixel_values": (2, 3, 48, 32)},
+        {"pixel_values": (2, 3, 48, 48)},
         full=of(
             "dpt",
             "DPTForDepthEstimation",
