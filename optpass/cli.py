@@ -7,12 +7,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from optpass import __version__, console
 from optpass.errors import OptpassError, UserError
+
+if TYPE_CHECKING:
+    from optpass.capture.spans import Size
 
 app = typer.Typer(
     name="optpass",
@@ -27,7 +30,11 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout an
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Inputs = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
-    typer.Option("--inputs", metavar="NAME=1x4x64x64", help="Size of an input; repeat for several."),
+    typer.Option(
+        "--inputs",
+        metavar="NAME=1x4x64x64",
+        help="Size of an input, or of a dimension that inputs share; 1..4 or 64..512:8 stays open. Repeat for several.",
+    ),
 ]
 Weights = Annotated[
     Optional[Path],  # noqa: UP045
@@ -156,6 +163,10 @@ def _print_inspection(facts: dict[str, Any]) -> None:
     for name, entry in facts["entries"].items():
         shapes = [f"{spec['name']} {spec['dtype']}{spec['shape']}" for spec in entry["inputs"]]
         console.out.print(f"{name}({', '.join(shapes)}), {entry['nodes']} nodes", markup=False)
+        for item in entry["dimensions"]:
+            steps = f" in steps of {item['step']}" if item["step"] > 1 else ""
+            span = f"{item['minimum']} to {item['maximum']}{steps}; costs at {item['example']}"
+            console.out.print(f"{item['name']}: {span}", markup=False)
         console.out.print()
         rows = [console.totals_row("total", entry["totals"])]
         console.out.print(console.table("", console.TOTALS_HEADERS, rows))
@@ -353,21 +364,18 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
         raise typer.Exit
 
 
-def parse_inputs(items: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """``["sample=1x4x64x64"]`` → ``{"sample": (1, 4, 64, 64)}``.
+def parse_inputs(items: Sequence[str]) -> dict[str, tuple[Size, ...]]:
+    """``["sample=1x4x64x64"]`` → ``{"sample": (1, 4, 64, 64)}``; a size may be a range, ``64..512:8``.
 
     Raises:
         UserError: an item has another form.
     """
-    sizes = {}
-    for name, text in parse_pairs("--inputs", items).items():
-        try:
-            sizes[name] = tuple(int(part) for part in text.split("x")) if text else ()
-        except ValueError:
-            sizes[name] = (0,)
-        if any(part < 1 for part in sizes[name]):
-            raise UserError(f"--inputs {name}={text}: sizes look like 1x4x64x64")
-    return sizes
+    from optpass.capture.spans import size_from
+
+    return {
+        name: tuple(size_from(part, f"--inputs {name}={text}") for part in text.split("x")) if text else ()
+        for name, text in parse_pairs("--inputs", items).items()
+    }
 
 
 def parse_settings(items: Sequence[str]) -> dict[str, dict[str, Any]]:

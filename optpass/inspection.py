@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from optpass.analysis.cost import measure
 from optpass.capture.sources import capture
+from optpass.capture.spans import Sizes
 from optpass.ir.program import Program
 
 
 def inspect_program(
     checkpoint: str,
     *,
-    inputs: Mapping[str, Sequence[int]] | None = None,
+    inputs: Sizes | None = None,
     weights: Path | None = None,
     component: str | None = None,
     depth: int = 2,
@@ -38,6 +39,8 @@ def inspect_program(
             "nodes": len(graph.calls),
             "inputs": [spec.as_json() for spec in graph.inputs],
             "outputs": [spec.as_json() for spec in graph.outputs],
+            "dimensions": [item.as_json() for item in graph.dimensions],
+            "guards": list(graph.dimensions.guards),
             "by_module": cost.entries[name].by_module(depth),
             "by_operator": cost.entries[name].by_operator(),
         }

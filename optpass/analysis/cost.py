@@ -17,7 +17,7 @@ from torch.fx import Node
 from optpass.analysis.attention import attention_products
 from optpass.analysis.liveness import peak_activation_bytes
 from optpass.analysis.mac_rules import macs_of
-from optpass.ir.graph import Graph
+from optpass.ir.graph import Graph, operators
 from optpass.ir.program import Program
 from optpass.ir.text import operator_name
 from optpass.ir.weights import Constant, Expression, WeightStore
@@ -125,7 +125,7 @@ def _measure_entry(graph: Graph, weights: WeightStore) -> EntryCost:
     products = attention_products(graph)
     nodes = tuple(
         NodeCost(node.name, str(node.meta.get("path", "")), operator_name(node), macs_of(node), node in products)
-        for node in graph.calls
+        for node in operators(graph)
     )
     read = graph.weight_names
     statistics = {str(node.target) for node in _statistics(graph.calls)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch.fx import Node
 
 from optpass.analysis.operators import is_view
 from optpass.ir.graph import Graph
+from optpass.ir.sizes import example_sizes
 
 
 def peak_activation_bytes(graph: Graph) -> int:
@@ -48,7 +50,7 @@ def storages(graph: Graph) -> dict[Node, Node]:
 
 def _bytes(value: Any) -> int:
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+        return prod(example_sizes(value)) * value.element_size()
     if isinstance(value, (list, tuple)):
         return sum(map(_bytes, value))
     return 0

@@ -2,7 +2,7 @@
 
 Convention: one MAC for each product that a matrix product, a convolution or an attention sums up.
 Biases, normalisations, activations and other elementwise work count nothing, and neither does
-padding count less. FLOPs are 2·MAC.
+padding count less. FLOPs are 2·MAC. Open dimensions count at the sizes that they were captured with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch.fx import Node
 
 from optpass.analysis.operators import argument, aten
-from optpass.ir.graph import shape_of
+from optpass.ir.graph import example_shape as shape_of
 
 Rule = Callable[[Node], int]
 Function = TypeVar("Function", bound=Rule)

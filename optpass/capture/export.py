@@ -13,9 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 
 from optpass.capture.binding import bind
+from optpass.capture.inputs import Example
+from optpass.capture.open_sizes import export_open
 from optpass.errors import UserError
 from optpass.interchange.canonical import canonicalise
 from optpass.ir.dialect import verify
+from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import Graph
 from optpass.ir.program import InputRange, Loop, Origin, Program
 from optpass.ir.signature import Signature, tree_of_example, tree_of_spec
@@ -80,39 +83,61 @@ def _fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
 def export_program(
     module: nn.Module,
     mode: FakeTensorMode,
-    arguments: Mapping[str, Any],
+    example: Example | Mapping[str, Any],
     checkpoint: Mapping[str, Expression] | None,
     origin: Origin,
     *,
     ranges: Mapping[str, InputRange] | None = None,
     loop: bool = False,
 ) -> Program:
-    """Export ``module(**arguments)`` and bind its weights to ``checkpoint``.
+    """Export ``module(**example.arguments)`` and bind its weights to ``checkpoint``.
 
-    ``arguments`` are real or fake example tensors; only shape and dtype count. ``checkpoint`` is
+    The example's arguments are real or fake tensors; only shape and dtype count. ``checkpoint`` is
     ``None`` for a structure-only capture.
 
     Raises:
         UserError: torch.export refuses the model; the message carries its reason.
         WeightError: the checkpoint lacks a weight, or one has another shape.
     """
+    example = example if isinstance(example, Example) else Example(example)
     with mode:
         fakes = torch.utils._pytree.tree_map_only(
-            Tensor, lambda t: t if isinstance(t, FakeTensor) else torch.empty(t.shape, dtype=t.dtype), dict(arguments)
+            Tensor,
+            lambda t: t if isinstance(t, FakeTensor) else torch.empty(t.shape, dtype=t.dtype),
+            dict(example.arguments),
         )
-    with quiet_export(), torch.no_grad():
-        # Under no_grad, a model's own no_grad blocks change nothing and leave no nested graph behind.
-        try:
-            exported = torch.export.export(module, (), fakes, strict=False)
-        except Exception as error:
-            raise UserError(f"torch.export cannot capture {type(module).__name__}: {first_lines(error)}") from error
+    exported, dimensions = _exported(module, fakes, example)
     signature = Signature(
         parameters=tuple(inspect.signature(module.forward).parameters),
         arguments=tree_of_example(fakes, ""),
         output=tree_of_spec(exported.call_spec.out_spec),
     )
     constants = _constants(module, exported.constants)
-    return program_of(exported, signature, tied_names(module), constants, checkpoint, origin, ranges=ranges, loop=loop)
+    return program_of(
+        exported,
+        signature,
+        tied_names(module),
+        constants,
+        checkpoint,
+        origin,
+        ranges=ranges,
+        loop=loop,
+        dimensions=dimensions,
+    )
+
+
+def _exported(module: nn.Module, fakes: Mapping[str, Any], example: Example) -> tuple[ExportedProgram, Dimensions]:
+    def export(shapes: dict[str, Any] | None) -> ExportedProgram:
+        return torch.export.export(module, (), dict(fakes), strict=False, dynamic_shapes=shapes)
+
+    with quiet_export(), torch.no_grad():
+        # Under no_grad, a model's own no_grad blocks change nothing and leave no nested graph behind.
+        try:
+            return export_open(module, example, export) if example.dimensions else (export(None), FIXED)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"torch.export cannot capture {type(module).__name__}: {first_lines(error)}") from error
 
 
 def program_of(
@@ -125,6 +150,7 @@ def program_of(
     *,
     ranges: Mapping[str, InputRange] | None = None,
     loop: bool = False,
+    dimensions: Dimensions = FIXED,
 ) -> Program:
     """The verified Program of one exported graph; arguments as in :func:`optpass.capture.binding.bind`.
 
@@ -132,7 +158,7 @@ def program_of(
         UserError: the graph cannot be brought into the dialect.
         WeightError: as :func:`optpass.capture.binding.bind`.
     """
-    graph = canonicalise(exported, signature)
+    graph = canonicalise(exported, signature, dimensions)
     _merge_tied(graph, aliases, checkpoint or {})
     weights = bind(graph, aliases, constants, checkpoint)
     program = Program({ENTRY: graph}, weights, origin, Loop(ENTRY) if loop else None, dict(ranges or {}))

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_unflatten
 
 from optpass.capture.export import program_of
 from optpass.capture.request import Request
+from optpass.capture.spans import as_written
 from optpass.errors import UserError, nearest
 from optpass.interchange.archive import Archive
 from optpass.interchange.deserialise import deserialised
@@ -67,4 +68,6 @@ def _refuse_sizes(program: Program, request: Request) -> None:
         if name not in specs:
             raise UserError(f"{request.path} has no input {name!r}{nearest(name, specs)}")
         if tuple(sizes) != specs[name].shape:
-            raise UserError(f"{request.path} was exported with {specs[name]}; it cannot take {name}={list(sizes)}")
+            raise UserError(
+                f"{request.path} was exported with {specs[name]}; it cannot take {name}={as_written(sizes)}"
+            )

@@ -16,24 +16,38 @@ is added by whoever needs it::
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optpass.capture.spans import Size, Sizes, Span, as_written, example_size, size_from
 from optpass.errors import UserError, nearest
+from optpass.ir.dimensions import Dimension
 from optpass.ir.program import InputRange
 
-Dimension = int | str
+Dim = int | str
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a model is captured with: nested ``arguments``, and which of their sizes stay open.
+
+    ``places`` says for every input (by dotted name) which axis is which of the open ``dimensions``.
+    """
+
+    arguments: Mapping[str, Any]
+    dimensions: tuple[Dimension, ...] = ()
+    places: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Input:
     """One input tensor. ``dtype`` ``None`` is the dtype of the capture; no ``range`` means normal values."""
 
-    dims: tuple[Dimension, ...]
+    dims: tuple[Dim, ...]
     dtype: torch.dtype | None = None
     range: InputRange | None = None
 
@@ -43,33 +57,44 @@ class Inputs:
     """All inputs of a model's forward.
 
     A dot in a name nests (``added_cond_kwargs.time_ids``). ``sizes`` are the defaults of the named
-    dimensions. ``constants`` are arguments that are no tensors.
+    dimensions. ``constants`` are arguments that are no tensors. ``steps`` says of which numbers a
+    dimension must be a multiple: a capture with open sizes finds out by itself, and is quicker if told.
     """
 
     tensors: Mapping[str, Input]
     sizes: Mapping[str, int] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ranges(self) -> dict[str, InputRange]:
         return {name: tensor.range for name, tensor in self.tensors.items() if tensor.range}
 
-    def arguments(
-        self, overrides: Mapping[str, Sequence[int]], defaults: Mapping[str, int], dtype: torch.dtype
-    ) -> dict[str, Any]:
+    def arguments(self, overrides: Sizes, defaults: Mapping[str, int], dtype: torch.dtype) -> Example:
         """Nested keyword arguments of tensors on ``meta``: shape and dtype, no data.
 
         Raises:
             UserError: an override names no input, has another rank, or contradicts the model or another override.
         """
         sizes = {**self.sizes, **{k: v for k, v in defaults.items() if k in self.sizes}}
-        sizes |= _named_sizes(self.tensors, overrides)
+        given = _named_sizes(self.tensors, overrides)
+        spans = {name: size for name, size in given.items() if isinstance(size, Span)}
+        fixed = {name: size for name, size in given.items() if isinstance(size, int)}
+        sizes = _with_examples({**sizes, **fixed}, spans)
         arguments: dict[str, Any] = {}
         for name, tensor in self.tensors.items():
             shape = [dim if isinstance(dim, int) else sizes[dim] for dim in tensor.dims]
             value = torch.empty(shape, dtype=tensor.dtype or dtype, device="meta")
             _put(arguments, name.split("."), value)
-        return {**arguments, **self.constants}
+        places = {
+            name: {axis: dim for axis, dim in enumerate(tensor.dims) if dim in spans}
+            for name, tensor in self.tensors.items()
+        }
+        steps = {name: self.steps.get(name, 1) for name in spans}
+        dimensions = tuple(
+            _dimension(name, span, steps[name], sizes[name], self.tensors) for name, span in spans.items()
+        )
+        return Example({**arguments, **self.constants}, dimensions, places)
 
 
 Builder = Callable[[Mapping[str, Any]], Inputs]
@@ -92,12 +117,12 @@ def input_builder(*class_names: str) -> Callable[[Builder], Builder]:
     return register
 
 
-def integers(dims: tuple[Dimension, ...], below: int) -> Input:
+def integers(dims: tuple[Dim, ...], below: int) -> Input:
     """An input of class or token numbers in [0, ``below``)."""
     return Input(dims, torch.int64, InputRange(0.0, float(below), "uniform"))
 
 
-def given_inputs(module: nn.Module, sizes: Mapping[str, Sequence[int]]) -> Inputs:
+def given_inputs(module: nn.Module, sizes: Sizes) -> Inputs:
     """Inputs of a model that no builder knows: the user gave the sizes of all that it requires.
 
     Raises:
@@ -116,7 +141,12 @@ def given_inputs(module: nn.Module, sizes: Mapping[str, Sequence[int]]) -> Input
         if name.split(".")[0] not in parameters:
             raise UserError(f"{type(module).__name__} has no input {name!r}{nearest(name, parameters)}")
     tensors = {name: Input(tuple(f"{name}[{i}]" for i in range(len(shape)))) for name, shape in sizes.items()}
-    return Inputs(tensors, {f"{n}[{i}]": size for n, shape in sizes.items() for i, size in enumerate(shape)})
+    defaults = {
+        f"{name}[{axis}]": size if isinstance(size, int) else size.minimum
+        for name, shape in sizes.items()
+        for axis, size in enumerate(shape)
+    }
+    return Inputs(tensors, defaults)
 
 
 def inputs_of_example(example: Mapping[str, Any]) -> Inputs:
@@ -154,22 +184,25 @@ def _range_of(tensor: Tensor) -> InputRange | None:
     return InputRange(float(tensor.min()), float(tensor.max()) + 1, "uniform")
 
 
-def _named_sizes(tensors: Mapping[str, Input], overrides: Mapping[str, Sequence[int]]) -> dict[str, int]:
+def _named_sizes(tensors: Mapping[str, Input], overrides: Sizes) -> dict[str, Size]:
     """What ``overrides`` say about the named dimensions."""
-    found: dict[str, int] = {}
+    found: dict[str, Size] = {}
     said_by: dict[str, str] = {}
+    shared = {dim for tensor in tensors.values() for dim in tensor.dims if isinstance(dim, str)}
     for name, shape in overrides.items():
-        if name not in tensors:
-            raise UserError(f"the model has no input {name!r}{nearest(name, tensors)}")
-        dims = tensors[name].dims
+        if name not in tensors and name not in shared:
+            known = [*tensors, *sorted(shared)]
+            raise UserError(f"the model has no input {name!r}{nearest(name, known)}")
+        dims: tuple[Dim, ...] = tensors[name].dims if name in tensors else (name,)
         if len(shape) != len(dims):
-            raise UserError(f"input {name!r} has {_dims(dims)}; {len(shape)} sizes are given: {list(shape)}")
+            raise UserError(f"input {name!r} has {_dims(dims)}; {len(shape)} sizes are given: {as_written(shape)}")
         for dim, size in zip(dims, shape, strict=True):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise UserError(f"input {name!r}: a size is a positive whole number, not {size!r}")
+            size = size if isinstance(size, Span) else size_from(size, f"input {name!r}")
             if isinstance(dim, int):
                 if size != dim:
-                    raise UserError(f"input {name!r} has {_dims(dims)}, fixed by the model's config; got {list(shape)}")
+                    raise UserError(
+                        f"input {name!r} has {_dims(dims)}, fixed by the model's config; got {as_written(shape)}"
+                    )
             elif found.setdefault(dim, size) != size:
                 raise UserError(f"inputs {said_by[dim]!r} and {name!r} disagree on {dim}: {found[dim]} and {size}")
             else:
@@ -177,7 +210,31 @@ def _named_sizes(tensors: Mapping[str, Input], overrides: Mapping[str, Sequence[
     return found
 
 
-def _dims(dims: tuple[Dimension, ...]) -> str:
+def _with_examples(sizes: dict[str, int], spans: Mapping[str, Span]) -> dict[str, int]:
+    """``sizes`` with an example for every open dimension, no two alike where their ranges allow it."""
+    taken: set[int] = set()
+    for name, span in spans.items():
+        sizes[name] = example_size(span, sizes.get(name, span.minimum), taken)
+        taken.add(sizes[name])
+    return sizes
+
+
+def _dimension(name: str, span: Span, step: int, example: int, tensors: Mapping[str, Input]) -> Dimension:
+    """The open dimension ``name``, narrowed to multiples of ``step`` where the user named no step.
+
+    Raises:
+        UserError: no such size is in the range.
+    """
+    if span.step or step == 1:
+        return Dimension(name, span.minimum, span.maximum, span.step or 1, example)
+    low, high = -(-span.minimum // step) * step, span.maximum // step * step
+    if low >= high:
+        place = next(key for key, tensor in tensors.items() if name in tensor.dims)
+        raise UserError(f"input {place!r}: {name} is a multiple of {step} in this model; {span} holds at most one")
+    return Dimension(name, low, high, step, min(max(example // step * step, low), high))
+
+
+def _dims(dims: tuple[Dim, ...]) -> str:
     return f"{len(dims)} dimensions ({', '.join(map(str, dims))})" if dims else "no dimensions"
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from optpass.capture.spans import Sizes
 from optpass.ir.program import Program
 
 
@@ -23,7 +24,7 @@ class Request:
 
     path: Path
     function: str = ""
-    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=dict)
     defaults: Mapping[str, int] = field(default_factory=dict)
     structure_only: bool = False
     weights: Path | None = None

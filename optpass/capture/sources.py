@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from optpass.capture import (
     transformers_model,
 )
 from optpass.capture.request import Request, Source
+from optpass.capture.spans import Sizes
 from optpass.errors import UserError
 from optpass.ir.program import Program
 
@@ -37,7 +38,7 @@ SHOWN = 8
 def capture(
     source: str | Path,
     *,
-    inputs: Mapping[str, Sequence[int]] | None = None,
+    inputs: Sizes | None = None,
     structure_only: bool = False,
     weights: Path | None = None,
     trust_remote_code: bool = False,

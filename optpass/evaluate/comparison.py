@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from optpass.capture.sources import capture
+from optpass.capture.spans import Sizes, Span
 from optpass.errors import UserError
-from optpass.evaluate.difference import IDENTICAL_DB, outputs_difference, random_inputs
+from optpass.evaluate.difference import IDENTICAL_DB, runners_difference, trial_inputs
 from optpass.evaluate.latency import compare_latency
 from optpass.evaluate.quality import Evaluator, psnr
 from optpass.runtime.bundle import MANIFEST, read_manifest
@@ -48,8 +49,9 @@ def compare(
     progress("load", 1.0)
     _check_interfaces(before, after)
     manifest = read_manifest(bundle)
-    inputs = random_inputs(after.module.inputs, manifest.input_ranges(), seed)
-    difference = outputs_difference(before.module.runner(inputs), after.module.runner(inputs))
+    trials = trial_inputs(after.module, after.module.dimensions, manifest.input_ranges(), seed)
+    inputs = trials[0]
+    difference = runners_difference(before.module.runner, after.module.runner, trials)
     latency = compare_latency(
         (before.label, before.module.runner),
         (after.label, after.module.runner),
@@ -75,12 +77,21 @@ def _reference_side(reference: str, other: EngineModule) -> Side:
     path = Path(reference)
     if (path / MANIFEST).is_file():
         return _bundle_side(path)
-    program = capture(reference, inputs={spec.name: spec.shape for spec in other.inputs})
+    program = capture(reference, inputs=_sizes(other))
     if not program.has_values:
         raise UserError(f"{reference} has no weights to compare with")
     entry = program.loop.entry if program.loop else next(iter(program.entries))
     folder = program.origin.path if program.origin.pipeline else None
     return Side(f"{path.name} (PyTorch)", program_module(program, entry), folder)
+
+
+def _sizes(module: EngineModule) -> Sizes:
+    """The sizes of a module's inputs, as a capture is asked for them."""
+    spans = {item.name: Span(item.minimum, item.maximum, item.step) for item in module.dimensions}
+    return {
+        spec.name: tuple(size if isinstance(size, int) else spans[size] for size in spec.shape)
+        for spec in module.inputs
+    }
 
 
 def _check_interfaces(before: Side, after: Side) -> None:

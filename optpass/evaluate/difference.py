@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from optpass.ir.graph import TensorSpec
+from optpass.ir.dimensions import Dimensions
+from optpass.ir.graph import FixedSpec
 from optpass.ir.program import InputRange, Program
 from optpass.pipeline.target import Runner
 
+LARGER = 4
 IDENTICAL_DB = 300.0
 """What stands for an infinite ratio in records: float64 itself resolves no more."""
 
@@ -75,8 +78,18 @@ def outputs_difference(reference: Mapping[str, Tensor], other: Mapping[str, Tens
     return worst
 
 
+def runners_difference(reference: Runner, other: Runner, trials: Sequence[Mapping[str, Tensor]]) -> Difference:
+    """The worst over the calls in ``trials``."""
+    worst = EQUAL
+    for inputs in trials:
+        worst = worst.worst(outputs_difference(reference(inputs), other(inputs)))
+    return worst
+
+
 def program_difference(reference: Program, other: Program, *, trials: int = 2, seed: int = 0) -> Difference:
     """Run the entries that both Programs have on ``trials`` random inputs each and compare.
+
+    Open dimensions are tried at the ends of their ranges besides.
 
     Executes both models: first one, then the other, so that one set of weights is in memory at a time.
 
@@ -87,8 +100,8 @@ def program_difference(reference: Program, other: Program, *, trials: int = 2, s
     for name in reference.entries:
         if name not in other.entries:
             continue
-        specs = reference.entries[name].inputs
-        examples = [random_inputs(specs, reference.ranges, seed + trial) for trial in range(trials)]
+        graph = reference.entries[name]
+        examples = trial_inputs(graph, graph.dimensions, reference.ranges, seed, trials)
         expected = [program_runner(reference, name)(example) for example in examples]
         found = [program_runner(other, name)(example) for example in examples]
         for a, b in zip(expected, found, strict=True):
@@ -110,13 +123,38 @@ def program_runner(program: Program, entry: str) -> Runner:
     return run
 
 
-def random_inputs(specs: tuple[TensorSpec, ...], ranges: Mapping[str, InputRange], seed: int) -> dict[str, Tensor]:
+class Interface(Protocol):
+    """What has inputs of open sizes: a graph, an engine."""
+
+    def inputs_at(self, sizes: Mapping[str, int] | None = None) -> tuple[FixedSpec, ...]:
+        """The inputs with open dimensions at ``sizes``, or as they were captured."""
+
+
+def trial_inputs(
+    interface: Interface, dimensions: Dimensions, ranges: Mapping[str, InputRange], seed: int, trials: int = 1
+) -> list[dict[str, Tensor]]:
+    """Random inputs at the captured sizes, ``trials`` times, and once at each end of the open ranges.
+
+    An end that makes the inputs more than :data:`LARGER` times as large is left out.
+    """
+    captured = interface.inputs_at()
+    limit = LARGER * sum(map(_elements, captured))
+    ends = [interface.inputs_at(sizes) for sizes in dimensions.alternatives()]
+    specs = [captured] * trials + [end for end in ends if sum(map(_elements, end)) <= limit]
+    return [random_inputs(each, ranges, seed + index) for index, each in enumerate(specs)]
+
+
+def _elements(spec: FixedSpec) -> int:
+    return math.prod(spec.shape)
+
+
+def random_inputs(specs: Sequence[FixedSpec], ranges: Mapping[str, InputRange], seed: int) -> dict[str, Tensor]:
     """Seeded inputs within the captured ranges: floats normal (or uniform), integers uniform in [low, high)."""
     generator = torch.Generator().manual_seed(seed)
     return {spec.name: _random_tensor(spec, ranges.get(spec.name), generator) for spec in specs}
 
 
-def _random_tensor(spec: TensorSpec, span: InputRange | None, generator: torch.Generator) -> Tensor:
+def _random_tensor(spec: FixedSpec, span: InputRange | None, generator: torch.Generator) -> Tensor:
     if spec.dtype == torch.bool:
         return torch.ones(spec.shape, dtype=torch.bool)
     span = span or InputRange(0.0, 2.0 if not spec.dtype.is_floating_point else 1.0)

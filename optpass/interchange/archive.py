@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from optpass.errors import UserError, WeightError
+from optpass.interchange.expressions import SYMBOL, is_harmless
 from optpass.interchange.pickled import load_weights_only
 from optpass.ir.signature import output_class
 from optpass.ir.weights import Constant, Expression, Shape
@@ -29,17 +30,18 @@ from optpass.ir.weights import Constant, Expression, Shape
 LOCAL_HEADER = 30
 # from_file maps, and creates, a file of any name.
 OPERATOR = re.compile(r"torch\.ops\.aten\.(?!from_file\b)\w+\.\w+|_operator\.getitem")
+SIZE_OPERATOR = re.compile(
+    r"_operator\.(add|sub|mul|floordiv|mod|neg|truediv|pow)|torch\.sym_(max|min|float|int|sum)|math\.trunc"
+)
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 WEIGHT_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 REFUSED_ARGUMENTS = {
     "as_graph": "a nested graph (capture it under torch.no_grad(), without autocast or control flow)",
     "as_custom_obj": "a custom object",
     "as_operator": "an operator given as a value",
-    "as_expr": "symbolic sizes; export it with fixed ones (no dynamic_shapes)",
-    "as_name": "symbolic sizes; export it with fixed ones (no dynamic_shapes)",
-    "expr_str": "symbolic sizes; export it with fixed ones (no dynamic_shapes)",
     "custom_obj": "a custom object",
 }
+SYMBOLIC = ("as_expr", "as_name", "expr_str")
 CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict")
 
 
@@ -76,14 +78,15 @@ class Record(Expression):
 
 
 class Archive:
-    """The records of one ``.pt2`` file.
+    """The records of one ``.pt2`` file; with ``open_sizes``, its graph may have symbolic ones.
 
     Raises:
         UserError: it is no such file, is of an older format, or holds compiled code only.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, open_sizes: bool = False) -> None:
         self.path = path.resolve()
+        self.open_sizes = open_sizes
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
@@ -194,8 +197,9 @@ class Archive:
             UserError: the graph needs more than ATen operators on tensors of fixed sizes.
         """
         exported = self.json(f"models/{self.model}.json")
-        # Code to evaluate and ranges of symbols that a graph of fixed sizes does not have.
-        exported.update(guards_code=[], range_constraints={})
+        # Code to evaluate.
+        exported.update(guards_code=[])
+        exported.update(range_constraints=self._ranges(exported) if self.open_sizes else {})
         try:
             module = exported["graph_module"]
             module["metadata"] = {}
@@ -211,7 +215,8 @@ class Archive:
         return exported
 
     def _check_node(self, node: dict[str, Any]) -> None:
-        if not OPERATOR.fullmatch(node["target"]):
+        known = OPERATOR.fullmatch(node["target"]) or (self.open_sizes and SIZE_OPERATOR.fullmatch(node["target"]))
+        if not known:
             raise UserError(f"{self.path} uses {node['target'][:80]!r}; only ATen operators can be taken from a .pt2")
         stack = node["metadata"].get("nn_module_stack")
         node["metadata"] = {"nn_module_stack": stack} if stack else {}
@@ -220,10 +225,30 @@ class Archive:
         for key, item in _pairs(value):
             if key in REFUSED_ARGUMENTS:
                 raise UserError(f"{self.path} holds {REFUSED_ARGUMENTS[key]}")
+            if key in SYMBOLIC:
+                self._check_symbolic(key, item)
             if key == "name" and isinstance(item, str) and item:
                 self._check_names([item])
             if key in ("parameter_name", "buffer_name", "tensor_constant_name") and not WEIGHT_NAME.fullmatch(item):
                 raise UserError(f"{self.path}: {item!r} is no name for a weight; refused")
+
+    def _check_symbolic(self, key: str, item: Any) -> None:
+        if not self.open_sizes:
+            raise UserError(f"{self.path} holds symbolic sizes; export it with fixed ones (no dynamic_shapes)")
+        if key == "as_name":
+            self._check_names([item])
+        if key == "expr_str" and not is_harmless(item):
+            raise UserError(f"{self.path}: {str(item)[:80]!r} is no size; refused")
+
+    def _ranges(self, exported: Mapping[str, Any]) -> dict[str, Any]:
+        """The ranges of the symbols, which are whole numbers."""
+        found = {}
+        for symbol, span in exported["range_constraints"].items():
+            low, high = span["min_val"], span["max_val"]
+            if not (SYMBOL.fullmatch(symbol) and isinstance(low, int) and isinstance(high, int)):
+                raise UserError(f"{self.path} is damaged: the range of {symbol[:20]!r} is none")
+            found[symbol] = {"min_val": low, "max_val": high}
+        return found
 
     def _check_names(self, names: Any) -> None:
         for name in names:

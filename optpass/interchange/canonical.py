@@ -16,13 +16,17 @@ from torch.export.graph_signature import InputKind
 from optpass.errors import UserError
 from optpass.interchange.inplace import make_functional
 from optpass.ir.dialect import ALIASES, CASTS, EXPANSIONS, IDENTITIES, is_assertion, is_inplace
+from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import PATH, Graph
 from optpass.ir.signature import Signature
+from optpass.ir.sizes import sizes_of
 
 aten = torch.ops.aten
+NO_MODULE = "_empty_nn_module_stack"
+"""What torch.export calls the module of the size computations that it adds itself."""
 
 
-def canonicalise(exported: ExportedProgram, signature: Signature) -> Graph:
+def canonicalise(exported: ExportedProgram, signature: Signature, dimensions: Dimensions = FIXED) -> Graph:
     """The graph of ``exported`` in the dialect; parameters, buffers and constants become ``get_attr``.
 
     Raises:
@@ -34,7 +38,7 @@ def canonicalise(exported: ExportedProgram, signature: Signature) -> Graph:
         # and the inlining of autocast and no_grad blocks.
         exported = exported.run_decompositions({})
     _refuse_mutation(exported)
-    graph = Graph(fx.Graph(), signature)
+    graph = Graph(fx.Graph(), signature, dimensions)
     graph.fx.output(graph.fx.graph_copy(exported.graph, {}))
     _lift_weights(graph, exported)
     for node in list(graph.fx.nodes):
@@ -101,6 +105,8 @@ def exported_value(exported: ExportedProgram, name: str) -> Any:
 def _set_provenance(node: fx.Node) -> None:
     stack = node.meta.get("nn_module_stack")
     path = next(reversed(stack.values()))[0] if stack else ""
+    if path.startswith(NO_MODULE):
+        path = ""
     # torch.export suffixes the path of a module that is called again with "@1", "@2" …
     node.meta[PATH] = path.split("@")[0]
     for key in set(node.meta) - {"val", PATH, "nn_module_stack"}:
@@ -118,9 +124,9 @@ def _canonicalise_node(graph: Graph, node: fx.Node) -> None:
     elif node.target is aten._native_batch_norm_legit_no_training.default:
         _canonicalise_batch_norm(node)
     elif node.target in ALIASES:
-        _respell(node, aten.reshape.default)
+        _respell_reshape(graph, node)
     elif node.target in EXPANSIONS:
-        _respell(node, aten.expand.default)
+        _respell_expand(graph, node)
 
 
 def _canonicalise_cast(graph: Graph, node: fx.Node) -> None:
@@ -144,7 +150,29 @@ def _canonicalise_batch_norm(node: fx.Node) -> None:
     node.meta["val"] = node.meta["val"][0]
 
 
-def _respell(node: fx.Node, target: Any) -> None:
-    """Spell ``node`` as ``target(operand, sizes)``, the sizes being those of its result."""
+def _respell_reshape(graph: Graph, node: fx.Node) -> None:
+    """``view`` and its relatives → ``reshape(operand, sizes)``, open sizes as the nodes that compute them."""
+    source: Any = node.args[0]
+    with graph.before(node):
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            sizes: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+        elif node.target in (aten.view_as.default, aten.reshape_as.default):
+            sizes = graph.sizes(node.args[1])  # type: ignore[arg-type]
+        else:
+            sizes = graph.sizes(node)
+    _respell(node, aten.reshape.default, source, sizes)
+
+
+def _respell_expand(graph: Graph, node: fx.Node) -> None:
+    with graph.before(node):
+        like = node.target is aten.expand_as.default
+        sizes: Any = graph.sizes(node.args[1]) if like else list(node.args[1])  # type: ignore[arg-type]
+    _respell(node, aten.expand.default, node.args[0], sizes)
+
+
+def _respell(node: fx.Node, target: Any, source: Any, sizes: list[Any]) -> None:
+    """Spell ``node`` as ``target(source, sizes)``; sizes that are fixed in its result stand as numbers."""
+    known = sizes_of(node.meta["val"])
     node.target = target
-    node.args, node.kwargs = (node.args[0], list(node.meta["val"].shape)), {}
+    node.args = (source, [k if isinstance(k, int) else size for k, size in zip(known, sizes, strict=True)])
+    node.kwargs = {}

@@ -22,9 +22,10 @@ from torch.export.graph_signature import (
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 from torch.utils._pytree import tree_structure
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from optpass.errors import DialectError
-from optpass.ir.graph import PATH, Graph
+from optpass.ir.graph import PATH, Graph, shape_of
 
 
 def to_exported(graph: Graph) -> ExportedProgram:
@@ -61,7 +62,7 @@ def to_exported(graph: Graph) -> ExportedProgram:
             graph=lifted,
             graph_signature=ExportGraphSignature(inputs, outputs),
             state_dict=state,
-            range_constraints={},
+            range_constraints=_ranges(graph),
             module_call_graph=[ModuleCallEntry("", call)],
         )
     except Exception as error:
@@ -89,6 +90,17 @@ def _lift_weights(graph: Graph, lifted: FxGraph, copies: dict[Node, Node]) -> tu
             state[name] = nn.Parameter(value, requires_grad=False) if trainable else value
         copies[node] = placeholders[name]
     return specs, state
+
+
+def _ranges(graph: Graph) -> dict[Any, ValueRanges[Any]]:
+    """The range of every symbol, in units of its step."""
+    found: dict[Any, ValueRanges[Any]] = {}
+    for node in graph.placeholders:
+        for size in shape_of(node):
+            for symbol in getattr(size, "free_symbols", ()):
+                item = next(item for item in graph.dimensions if item.symbol == str(symbol))
+                found[symbol] = ValueRanges(item.minimum // item.step, item.maximum // item.step)
+    return found
 
 
 def _free_name(name: str, taken: set[str]) -> str:

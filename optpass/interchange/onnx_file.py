@@ -67,6 +67,7 @@ def write_onnx(
         if failure := _optimise(model):
             raise failure
         progress("optimise the ONNX graph", 1.0)
+    _name_sizes(model, graph)
     named = _name_nodes(model)
     data = path.with_name(f"{path.name}.data")
     onnx_ir.save(
@@ -197,6 +198,22 @@ def _lazy(weight: str, expression: Expression, allow_nonfinite: bool, *, name: s
     return onnx_ir.LazyTensor(
         evaluate, dtype=from_torch_dtype(expression.dtype), shape=onnx_ir.Shape(expression.shape), name=name or weight
     )
+
+
+def _name_sizes(model: ir.Model, graph: Graph) -> None:
+    """Call open sizes by their dimensions' names, where the exporter has torch's symbols."""
+    import onnx_ir
+
+    if not graph.dimensions:
+        return
+    for values, specs in ((model.graph.inputs, graph.inputs), (model.graph.outputs, graph.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            value.shape = onnx_ir.Shape(spec.shape)
+    # Shapes inside speak of the exporter's symbols; every reader infers them again.
+    inside = [value for node in model.graph for value in node.outputs if not value.is_graph_output()]
+    for value in inside:
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = None
 
 
 def _name_nodes(model: ir.Model) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from optpass.errors import DialectError, OptpassError, UserError, WeightError
+from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import Graph
 from optpass.ir.program import InputRange, Loop, Origin, Program
 from optpass.ir.safetensors_io import read_safetensors, write_safetensors
@@ -73,6 +74,8 @@ def save_program(
     for name, graph in program.entries.items():
         (folder / f"{name}.pt2").write_bytes(_archive(graph))
         index["entries"][name] = {"graph": f"{name}.pt2", "signature": graph.signature.as_json()}
+        if graph.dimensions:
+            index["entries"][name]["dimensions"] = graph.dimensions.as_json()
     if present:
         written = _Fraction(sum(expression.nbytes for expression in present.values()), progress)
         (folder / weights_file).parent.mkdir(parents=True, exist_ok=True)
@@ -158,20 +161,22 @@ def _load_entry(folder: Path, entry: Mapping[str, Any]) -> Graph:
     from optpass.interchange.canonical import canonicalise
     from optpass.untrusted import inside
 
-    exported = read_exported(inside(folder, str(entry["graph"]), folder / INDEX))
-    return canonicalise(exported, Signature.from_json(entry["signature"]))
+    dimensions = Dimensions.from_json(entry["dimensions"]) if entry.get("dimensions") else FIXED
+    exported = read_exported(inside(folder, str(entry["graph"]), folder / INDEX), open_sizes=bool(dimensions))
+    return canonicalise(exported, Signature.from_json(entry["signature"]), dimensions)
 
 
-def read_exported(path: Path) -> ExportedProgram:
+def read_exported(path: Path, *, open_sizes: bool = False) -> ExportedProgram:
     """The graph in a ``.pt2`` file, weights fake, nothing unpickled.
 
     Raises:
-        UserError: the file is missing, damaged, or holds more than ATen operators on fixed sizes.
+        UserError: the file is missing, damaged, or holds more than ATen operators (on fixed sizes, unless
+            ``open_sizes``).
     """
     from optpass.interchange.archive import Archive
     from optpass.interchange.deserialise import deserialised
 
-    return deserialised(Archive(path))
+    return deserialised(Archive(path, open_sizes=open_sizes))
 
 
 def _load_weights(folder: Path, record: Mapping[str, Any]) -> WeightStore:

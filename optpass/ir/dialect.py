@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from optpass.errors import DialectError
 from optpass.ir.graph import PATH, Graph
 from optpass.ir.program import Program
+from optpass.ir.sizes import SYMBOLIC, is_size, size_of, sizes_of
 from optpass.ir.weights import WeightStore, dtype_name
 
 aten = torch.ops.aten
@@ -121,7 +123,9 @@ def _node_problem(node: fx.Node, weights: WeightStore) -> str:
         return f"{node.op} nodes are not part of the dialect"
     if PATH not in node.meta:
         return "has no provenance (meta['path']); create nodes with Graph.call"
-    if node.target is operator.getitem:
+    if any(isinstance(item, SYMBOLIC) for item in tree_leaves((node.args, node.kwargs))):
+        return "holds a symbolic size among its arguments; create nodes with Graph.call"
+    if node.target is operator.getitem or is_size(node):
         return ""
     if not isinstance(node.target, torch._ops.OpOverload):
         return f"{node.target} is not an ATen operator"
@@ -178,7 +182,7 @@ def verify_shapes(program: Program) -> None:
 
 def _layout(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
+        return sizes_of(value), value.dtype
     if isinstance(value, (list, tuple)):
         return [_layout(item) for item in value]
-    return type(value)
+    return size_of(value)

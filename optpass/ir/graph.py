@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Node, map_arg
 
-from optpass.errors import UserError
+from optpass.ir.dimensions import FIXED, Dimensions, Size
 from optpass.ir.signature import Signature
+from optpass.ir.sizes import example_sizes, is_size, materialise, named, open_rules, sizes_of
 from optpass.ir.weights import Expression, Shape, WeightStore, dtype_name
 
 PATH = "path"
@@ -23,17 +25,34 @@ PATH = "path"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and dtype of a graph's input or output."""
+    """Name, shape and dtype of a graph's input or output; open sizes by the name of their dimension."""
+
+    name: str
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.name}: {dtype_name(self.dtype)}[{', '.join(map(str, self.shape))}]"
+
+    @property
+    def is_open(self) -> bool:
+        return any(isinstance(size, str) for size in self.shape)
+
+    def at(self, sizes: Mapping[str, int]) -> FixedSpec:
+        """An input with every open dimension at its size in ``sizes``."""
+        return FixedSpec(self.name, tuple(s if isinstance(s, int) else sizes[s] for s in self.shape), self.dtype)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "dtype": dtype_name(self.dtype)}
+
+
+@dataclass(frozen=True)
+class FixedSpec:
+    """Name, shape and dtype of a tensor, no size left open."""
 
     name: str
     shape: Shape
     dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"{self.name}: {dtype_name(self.dtype)}{list(self.shape)}"
-
-    def as_json(self) -> dict[str, Any]:
-        return {"name": self.name, "shape": list(self.shape), "dtype": dtype_name(self.dtype)}
 
 
 @dataclass
@@ -42,11 +61,13 @@ class Graph:
 
     Every node carries a fake tensor under ``meta["val"]`` (shape, dtype) and its provenance under
     ``meta["path"]``. Placeholders stand in the order of ``signature.inputs``, the output node
-    returns a flat tuple in the order of ``signature.outputs``.
+    returns a flat tuple in the order of ``signature.outputs``. Where ``dimensions`` are open, shapes are
+    symbolic, and nodes that compute sizes (``sym_size``, integer arithmetic) stand among the operators.
     """
 
     fx: FxGraph
     signature: Signature
+    dimensions: Dimensions = FIXED
 
     @property
     def placeholders(self) -> list[Node]:
@@ -64,11 +85,20 @@ class Graph:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return tuple(map(_spec, self.signature.inputs, self.placeholders))
+        return tuple(map(self._spec, self.signature.inputs, self.placeholders))
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return tuple(map(_spec, self.signature.outputs, self.output_node.args[0]))  # type: ignore[arg-type]
+        return tuple(map(self._spec, self.signature.outputs, self.output_node.args[0]))  # type: ignore[arg-type]
+
+    def _spec(self, name: str, node: Node) -> TensorSpec:
+        value = value_of(node)
+        return TensorSpec(name, tuple(named(size, self.dimensions) for size in value.shape), value.dtype)
+
+    def inputs_at(self, sizes: Mapping[str, int] | None = None) -> tuple[FixedSpec, ...]:
+        """The inputs with open dimensions at ``sizes``, or as they were captured."""
+        chosen = {**self.dimensions.examples, **(sizes or {})}
+        return tuple(spec.at(chosen) for spec in self.inputs)
 
     @property
     def weight_names(self) -> list[str]:
@@ -90,17 +120,30 @@ class Graph:
         result = duplicate.graph_copy(self.fx, mapping)
         output = duplicate.output(result)
         output.meta = dict(self.output_node.meta)
-        return Graph(duplicate, self.signature)
+        return Graph(duplicate, self.signature, self.dimensions)
 
     def call(self, operator: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
         """Insert ``operator(*args)`` at the current insertion point, with its shape inferred.
 
-        ``like`` is the node whose module the new one belongs to.
+        ``like`` is the node whose module the new one belongs to. Sizes among the arguments may be
+        symbolic, as :func:`shape_of` gives them: nodes that compute them are inserted too.
         """
+        args, kwargs = _map_sizes((args, kwargs), lambda size: materialise(self, size))
         node = self.fx.call_function(operator, args, kwargs)
-        _inherit_provenance(node, like)
+        return self.annotate(node, like)
+
+    def annotate(self, node: Node, like: Node | None = None) -> Node:
+        """Give a new node its provenance (none without ``like``) and its value."""
+        if like is None:
+            node.meta[PATH] = ""
+        else:
+            _inherit_provenance(node, like)
         node.meta["val"] = self.infer(node)
         return node
+
+    def sizes(self, node: Node) -> list[int | Node]:
+        """The shape of ``node`` as arguments of a call: whole numbers, and nodes where a size is open."""
+        return [materialise(self, size) for size in shape_of(node)]
 
     def weight(self, name: str, expression: Expression, *, like: Node) -> Node:
         """Insert a read of weight ``name``; the caller puts ``expression`` under it into the store."""
@@ -117,7 +160,7 @@ class Graph:
             RuntimeError: the operator refuses the operands' shapes or dtypes.
         """
         args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
-        with self.mode, torch.no_grad():
+        with self.mode, torch.no_grad(), open_rules(self.mode) if self.dimensions else nullcontext():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
@@ -203,12 +246,27 @@ def value_of(node: Node) -> Tensor:
 
 
 def shape_of(node: Node) -> Shape:
-    """The shape of a single-result node."""
-    return tuple(value_of(node).shape)
+    """The shape of a single-result node.
+
+    Open sizes are SymPy expressions: they add, multiply and compare (by structure) as whole numbers do.
+    """
+    return sizes_of(value_of(node))
 
 
-def _spec(name: str, node: Node) -> TensorSpec:
-    value = value_of(node)
-    if not all(isinstance(size, int) for size in value.shape):
-        raise UserError(f"{name}: symbolic sizes {list(value.shape)} are not supported; give fixed --inputs")
-    return TensorSpec(name, tuple(value.shape), value.dtype)
+def example_shape(node: Node) -> Shape:
+    """The shape of a single-result node at the sizes that the graph was captured with: whole numbers."""
+    return example_sizes(value_of(node))
+
+
+def operators(graph: Graph) -> list[Node]:
+    """The nodes that compute tensors, without those that compute sizes."""
+    return [node for node in graph.calls if not is_size(node)]
+
+
+def _map_sizes(value: Any, function: Callable[[Any], Any]) -> Any:
+    """``value`` with every symbolic size in it replaced."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_sizes(item, function) for item in value)
+    if isinstance(value, dict):
+        return {key: _map_sizes(item, function) for key, item in value.items()}
+    return function(value) if isinstance(value, sympy.Expr) else value

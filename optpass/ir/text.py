@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
+from optpass.ir.sizes import SYMBOLIC, size_of, sizes_of
 from optpass.ir.weights import dtype_name
 
 
@@ -69,7 +70,7 @@ def _value(value: Any) -> str:
 
 def _type(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{dtype_name(value.dtype)}{list(value.shape)}"
+        return f"{dtype_name(value.dtype)}[{', '.join(map(str, sizes_of(value)))}]"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_type, value))})"
-    return type(value).__name__
+    return f"size {size_of(value)}" if isinstance(value, SYMBOLIC) else type(value).__name__

@@ -164,6 +164,7 @@ def _report(
         "recipe": recipe.as_document(),
         "checkpoint": {key: origin[key] for key in ("name", "kind", "class", "component", "sha256", "pipeline")},
         "inputs": {spec.name: list(spec.shape) for graph in original.entries.values() for spec in graph.inputs},
+        "dimensions": [item.as_json() for graph in original.entries.values() for item in graph.dimensions],
         "before": (records[0].before if records else measure(original)).as_json(),
         "after": (records[-1].after if records else measure(program)).as_json(),
         "passes": [record.as_json() for record in records],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optpass.analysis.cost import measure
-from optpass.evaluate.difference import IDENTICAL_DB, outputs_difference, program_runner, random_inputs
+from optpass.evaluate.difference import IDENTICAL_DB, program_runner, runners_difference, trial_inputs
 from optpass.evaluate.latency import compare_latency
 from optpass.evaluate.quality import Evaluator, psnr
 from optpass.ir.program import Program
@@ -55,10 +55,12 @@ def collect_evidence(
         return Evidence(verified="not run: too large to execute here; ask with --verify always")
     entry = program.loop.entry if program.loop else next(iter(program.entries))
     runner = _runner(recipe, engines[entry], folder)
-    inputs = random_inputs(original.entries[entry].inputs, original.ranges, request.seed)
+    graph = original.entries[entry]
+    trials = trial_inputs(graph, graph.dimensions, original.ranges, request.seed)
+    inputs = trials[0]
     progress("compare", 0.0)
-    expected = program_runner(original, entry)(inputs)
-    difference = outputs_difference(expected, runner(inputs)).as_dict()
+    reference = program_runner(original, entry)
+    difference = runners_difference(reference, runner, trials).as_dict()
     progress("compare", 1.0)
     if not request.baseline:
         return Evidence(difference, verified="numerics")

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from optpass.capture.spans import Size, Sizes, as_written, size_from
 from optpass.errors import UserError, nearest
 from optpass.pipeline.gates import Gate, gate_of
 from optpass.pipeline.options import validated
@@ -27,7 +28,7 @@ class _Document(BaseModel):
 
     name: str = ""
     description: str = ""
-    inputs: dict[str, list[int]] = Field(default_factory=dict)
+    inputs: dict[str, list[int | str] | int | str] = Field(default_factory=dict)
     passes: list[Named] = Field(default_factory=list)
     gates: list[dict[str, Any]] = Field(default_factory=list)
     target: Named = "onnxruntime"
@@ -47,7 +48,7 @@ class Recipe:
 
     name: str
     description: str
-    inputs: Mapping[str, tuple[int, ...]]
+    inputs: Sizes
     steps: tuple[Step, ...]
     gates: tuple[Gate, ...]
     target_name: str
@@ -58,7 +59,7 @@ class Recipe:
         return {
             "name": self.name,
             "description": self.description,
-            "inputs": {name: list(shape) for name, shape in self.inputs.items()},
+            "inputs": {name: as_written(shape) for name, shape in self.inputs.items()},
             "passes": [{step.name: step.record.as_options()} for step in self.steps],
             "gates": [gate.as_document() for gate in self.gates],
             "target": {self.target_name: self.target.as_options()},
@@ -126,7 +127,7 @@ def make_recipe(
     recipe = Recipe(
         document.name or default_name,
         document.description,
-        {name: tuple(shape) for name, shape in document.inputs.items()},
+        {name: _sizes(name, shape) for name, shape in document.inputs.items()},
         steps,
         gates,
         target_name,
@@ -159,6 +160,11 @@ def _named(item: Named, noun: str) -> tuple[str, dict[str, Any]]:
         raise UserError(f"a {noun} is a name or {{name: options}}, got the keys {', '.join(map(repr, item))}")
     (name, options), *_ = item.items()
     return name, dict(options or {})
+
+
+def _sizes(name: str, shape: list[int | str] | int | str) -> tuple[Size, ...]:
+    """The sizes of one input; a dimension that inputs share, by its name, may stand without brackets."""
+    return tuple(size_from(size, f"inputs: {name}") for size in (shape if isinstance(shape, list) else [shape]))
 
 
 def _step(name: str, options: Mapping[str, Any]) -> Step:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from optpass.capture.spans import Sizes
 from optpass.pipeline.verification import Mode
 
 Progress = Callable[[str, float], None]
@@ -21,7 +22,7 @@ class Request:
 
     checkpoint: str
     out: Path
-    inputs: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    inputs: Sizes = field(default_factory=dict)
     weights: Path | None = None
     component: str | None = None
     structure_only: bool = False

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from optpass.analysis.operators import POINTWISE_BINARY, POINTWISE_UNARY, aten
-from optpass.ir.graph import Graph, shape_of, value_of
+from optpass.ir.graph import Graph, example_shape, shape_of, value_of
+from optpass.ir.weights import Shape
 from optpass.rewrite.rules import replace
 
 EXPAND = aten.expand.default
@@ -27,8 +28,9 @@ class Repeated:
     graph: Graph
     source: Node
     dims: frozenset[int]
-    sizes: tuple[int, ...]
+    sizes: Shape
     consumer: Node
+    expand: Node
 
     @staticmethod
     def of(graph: Graph, expand: Node, consumer: Node) -> Repeated:
@@ -36,7 +38,7 @@ class Repeated:
         sizes, given = shape_of(expand), shape_of(source)
         padded = (1,) * (len(sizes) - len(given)) + given
         dims = frozenset(i for i, (size, old) in enumerate(zip(sizes, padded, strict=True)) if size != old)
-        return Repeated(graph, source, dims, sizes, consumer)
+        return Repeated(graph, source, dims, sizes, consumer, expand)
 
     def once(self) -> Node:
         """The value without repetition, of the expand's rank."""
@@ -50,6 +52,11 @@ class Repeated:
         return self.graph.call(
             self.consumer.target, self.once(), *rest, like=self.consumer, **dict(self.consumer.kwargs)
         )
+
+    @property
+    def example(self) -> Shape:
+        """The repeated shape at the captured sizes."""
+        return example_shape(self.expand)
 
     def is_repeated(self, dim: Any) -> bool:
         return int(dim) % len(self.sizes) in self.dims
@@ -110,11 +117,17 @@ def _broadcast(graph: Graph, expand: Node, user: Node) -> Node | None:
     other: Any = right if left is expand else left
     if other is expand or not isinstance(other, Node) or value_of(other).dtype != value_of(source).dtype:
         return None
-    together: tuple[int, ...] = torch.broadcast_shapes(shape_of(source), shape_of(other))  # type: ignore[no-untyped-call]
-    if together != shape_of(user):
+    if _broadcast_shape(shape_of(source), shape_of(other)) != shape_of(user):
         return None
     operands = (source, other) if left is expand else (other, source)
     return graph.call(user.target, *operands, *user.args[2:], like=user, **dict(user.kwargs))
+
+
+def _broadcast_shape(left: Shape, right: Shape) -> Shape:
+    """The shape of a pointwise result of operands that are known to broadcast."""
+    rank = max(len(left), len(right))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in (left, right)]
+    return tuple(b if a == 1 else a for a, b in zip(*padded, strict=True))
 
 
 Commuting = Callable[[Repeated], Node | None]
@@ -143,20 +156,24 @@ def _select(repeated: Repeated) -> Node:
 
 
 def _reshape(repeated: Repeated) -> Node | None:
-    shape = _unrepeated(repeated.sizes, shape_of(repeated.consumer), repeated.dims)
+    groups = _groups(repeated.example, example_shape(repeated.consumer))
+    shape = _unrepeated(repeated.sizes, shape_of(repeated.consumer), repeated.dims, groups)
     return None if shape is None else repeated.call(shape)
 
 
-def _unrepeated(before: tuple[int, ...], after: tuple[int, ...], dims: frozenset[int]) -> list[int] | None:
+def _unrepeated(before: Shape, after: Shape, dims: frozenset[int], groups: list[tuple[int, int]]) -> list[int] | None:
     """``after`` with 1 for what comes from repeated dimensions; ``None`` where they mix with others."""
     if 0 in before:
         return None
     shape: list[int] = []
     position = 0
-    for sources, results in _groups(before, after):
+    for sources, results in groups:
         members = range(position, position + sources)
         position += sources
         sizes = after[len(shape) : len(shape) + results]
+        # Open sizes were grouped by their examples, which can agree by chance.
+        if prod(sizes) != prod(before[dim] for dim in members):
+            return None
         real = [dim for dim in members if before[dim] != 1]
         if not any(dim in dims for dim in real):
             shape.extend(sizes)

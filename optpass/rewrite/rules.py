@@ -14,6 +14,7 @@ from torch.fx import Node
 from optpass.errors import OptpassError
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
+from optpass.ir.sizes import sizes_of
 from optpass.pipeline.passes import Context
 from optpass.rewrite.pattern import Match, Pattern
 
@@ -144,7 +145,7 @@ def layout(node: Node) -> Any:
     """Shape and dtype of a node's result, or of each of its results."""
     value = node.meta["val"]
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [(tuple(item.shape), item.dtype) if isinstance(item, Tensor) else type(item) for item in values]
+    return [(sizes_of(item), item.dtype) if isinstance(item, Tensor) else type(item) for item in values]
 
 
 def replace(node: Node, result: Node) -> set[Node]:

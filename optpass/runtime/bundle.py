@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from optpass import __version__
 from optpass.errors import UserError
+from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import TensorSpec
 from optpass.ir.hashing import file_digest
 from optpass.ir.program import InputRange, Program
@@ -38,10 +39,10 @@ class FileRecord(BaseModel):
 
 
 class TensorRecord(BaseModel):
-    """Name, shape and dtype (``f32``, ``i64`` …) of an engine's input or output."""
+    """Name, shape (open sizes by name) and dtype (``f32``, ``i64`` …) of an engine's input or output."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     dtype: str
 
     def spec(self) -> TensorSpec:
@@ -60,7 +61,24 @@ class EntryRecord(BaseModel):
     inputs: list[TensorRecord]
     outputs: list[TensorRecord]
     signature: dict[str, Any]
+    dimensions: dict[str, Any] | None = None
     details: dict[str, Any] = {}
+
+    def open_dimensions(self) -> Dimensions:
+        """The ranges of the sizes that calls may choose, and the guards between them.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        try:
+            found = Dimensions.from_json(self.dimensions) if self.dimensions else FIXED
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the dimensions of {self.engine} are damaged: {error!r}") from error
+        for record in self.inputs:
+            for size in record.shape:
+                if isinstance(size, str) and size not in found.by_name:
+                    raise UserError(f"the dimensions of {self.engine} are damaged: {size!r} has no range")
+        return found
 
     def call(self) -> Signature:
         """The captured module's call.
@@ -302,6 +320,7 @@ def _entry(program: Program, name: str, engine: LoweredEntry) -> EntryRecord:
         inputs=[TensorRecord(**spec.as_json()) for spec in engine.inputs],
         outputs=[TensorRecord(**spec.as_json()) for spec in engine.outputs],
         signature=program.entries[name].signature.as_json(),
+        dimensions=program.entries[name].dimensions.as_json() if program.entries[name].dimensions else None,
         details=dict(engine.details),
     )
 

@@ -38,4 +38,5 @@ def load(bundle: str | Path, *, verify: bool = True) -> EngineModule:
         tuple(record.spec() for record in entry.outputs),
         runner,
         config=manifest.origin.get("config"),
+        dimensions=entry.open_dimensions(),
     )

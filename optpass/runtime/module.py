@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from optpass.errors import UserError, nearest
-from optpass.ir.graph import TensorSpec
+from optpass.ir.dimensions import FIXED, Dimensions
+from optpass.ir.graph import FixedSpec, TensorSpec
 from optpass.ir.program import Program
 from optpass.ir.signature import Signature
 from optpass.pipeline.target import Runner
@@ -62,11 +63,13 @@ class EngineModule(nn.Module):
         runner: Runner,
         *,
         config: Mapping[str, Any] | None = None,
+        dimensions: Dimensions = FIXED,
     ) -> None:
         super().__init__()
         self.signature = signature
         self.inputs = inputs
         self.outputs = outputs
+        self.dimensions = dimensions
         self.runner = runner
         self.config = Config(config or {})
         self._device = torch.device("cpu")
@@ -117,13 +120,28 @@ class EngineModule(nn.Module):
         """``given`` (tensors, arrays or numbers, by input name) as the engine takes them, on the CPU.
 
         Raises:
-            UserError: a tensor is unknown, missing, of another shape, or would lose its fraction.
+            UserError: a tensor is unknown, missing, of another shape, of a size outside the engine's
+                ranges, or would lose its fraction.
         """
         names = [spec.name for spec in self.inputs]
         for name in given:
             if name not in names:
                 raise UserError(f"the engine has no input {name!r}{nearest(name, names)}")
-        return {spec.name: _fitted(spec, given.get(spec.name)) for spec in self.inputs}
+        tensors = {spec.name: _converted(spec, given.get(spec.name)) for spec in self.inputs}
+        declared = [spec for spec in self.inputs if not _serves_all(spec, tensors[spec.name])]
+        for spec in declared:
+            _check_shape(spec, tensors[spec.name])
+        shapes = [(spec.name, spec.shape, tuple(tensors[spec.name].shape)) for spec in declared]
+        sizes = {**self.dimensions.examples, **self.dimensions.resolve(shapes)}
+        for spec in self.inputs:
+            if spec not in declared:
+                tensors[spec.name] = tensors[spec.name].reshape(()).expand(spec.at(sizes).shape)
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def inputs_at(self, sizes: Mapping[str, int] | None = None) -> tuple[FixedSpec, ...]:
+        """The inputs with open dimensions at ``sizes``, or as they were captured."""
+        chosen = {**self.dimensions.examples, **(sizes or {})}
+        return tuple(spec.at(chosen) for spec in self.inputs)
 
 
 def program_module(program: Program, entry: str) -> EngineModule:
@@ -136,27 +154,41 @@ def program_module(program: Program, entry: str) -> EngineModule:
 
     graph = program.entries[entry]
     return EngineModule(
-        graph.signature, graph.inputs, graph.outputs, program_runner(program, entry), config=program.origin.config
+        graph.signature,
+        graph.inputs,
+        graph.outputs,
+        program_runner(program, entry),
+        config=program.origin.config,
+        dimensions=graph.dimensions,
     )
 
 
-def _fitted(spec: TensorSpec, value: Any) -> Tensor:
+def _converted(spec: TensorSpec, value: Any) -> Tensor:
+    """``value`` on the CPU, in the engine's dtype."""
     if value is None:
         raise UserError(f"the engine needs the input {spec.name!r} ({spec})")
     tensor = torch.as_tensor(value).detach().cpu()
     if tensor.is_floating_point() and not spec.dtype.is_floating_point and not torch.equal(tensor, tensor.round()):
         raise UserError(f"input {spec.name!r} was captured as {spec}; fractions would be lost: capture it as a float")
-    tensor = tensor.to(spec.dtype)
-    # Models take one timestep for a whole batch; an engine has one form of the two.
-    if tensor.numel() == 1 and tuple(tensor.shape) != spec.shape and len(spec.shape) <= 1:
-        tensor = tensor.reshape(()).expand(spec.shape)
-    if tuple(tensor.shape) != spec.shape:
+    return tensor.to(spec.dtype)
+
+
+def _serves_all(spec: TensorSpec, tensor: Tensor) -> bool:
+    """Models take one timestep for a whole batch; an engine has one form of the two."""
+    return tensor.numel() == 1 and len(spec.shape) <= 1 and tuple(tensor.shape) != spec.shape
+
+
+def _check_shape(spec: TensorSpec, tensor: Tensor) -> None:
+    fits = len(tensor.shape) == len(spec.shape) and all(
+        isinstance(size, str) or size == given for size, given in zip(spec.shape, tensor.shape, strict=True)
+    )
+    if not fits:
         sizes = "x".join(map(str, tensor.shape)) or "(a scalar)"
+        declared = ", ".join(map(str, spec.shape))
         raise UserError(
-            f"input {spec.name!r} has the shape {list(tensor.shape)}, and the engine was built for {list(spec.shape)}; "
+            f"input {spec.name!r} has the shape {list(tensor.shape)}, and the engine was built for [{declared}]; "
             f"rebuild it with --inputs {spec.name}={sizes}"
         )
-    return tensor.contiguous()
 
 
 def _as(value: Tensor, like: Tensor | None) -> Tensor:

@@ -185,5 +185,5 @@ def test_a_saved_program_is_a_source(
     save_program(capture(unet_folder), tmp_path / "saved")
     program = capture(tmp_path / "saved")
     assert_same_function(program, small_unet)
-    with pytest.raises(UserError, match="was saved with fixed sizes"):
+    with pytest.raises(UserError, match="holds a graph of fixed sizes"):
         capture(tmp_path / "saved", inputs={"sample": [5, 2, 8, 8]})

@@ -92,7 +92,7 @@ def captured() -> Callable[[str], Captured]:
     def capture(name: str) -> Captured:
         build, example = CASES[name]
         program, module = capture_module(build, **example)
-        return program, module, random_inputs(program.entries["full"].inputs, {}, seed=3)
+        return program, module, random_inputs(program.entries["full"].inputs_at(), {}, seed=3)
 
     return capture
 

@@ -86,7 +86,7 @@ def test_a_program_is_saved_and_runs_again(unet: Program, tmp_path: Path) -> Non
     loaded = load_program((tmp_path / entry.main).parent)
     assert graph_text(loaded.entries["full"]) == graph_text(unet.entries["full"])
     run = ProgramTarget.load(tmp_path, {"engine": entry.main, "details": entry.details}, {})
-    inputs = random_inputs(unet.entries["full"].inputs, unet.ranges, seed=0)
+    inputs = random_inputs(unet.entries["full"].inputs_at(), unet.ranges, seed=0)
     difference = outputs_difference(program_runner(unet, "full")(inputs), run(inputs))
     assert difference.relative_error < 1e-6
 
