@@ -42,7 +42,9 @@ Weights = Annotated[
 ]
 Component = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--component", help="Which component of a pipeline folder; the denoiser by default."),
+    typer.Option(
+        "--component", help="A component of a pipeline folder (default: its denoiser), or a module of a model."
+    ),
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")]
 StructureOnly = Annotated[

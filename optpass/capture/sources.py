@@ -50,7 +50,8 @@ def capture(
     ``inputs`` gives sizes by input name; sizes that inputs share (batch, frames) follow. A checkpoint
     without any weight file is captured structure-only, as is one with ``structure_only``. ``weights``
     names a weight file for a source that has none of its own. ``component`` chooses a part of a
-    pipeline folder (default: its denoiser). ``dtype`` is what floating weights are computed in.
+    pipeline folder (default: its denoiser), or a module of a model by its path. ``dtype`` is what
+    floating weights are computed in.
 
     Raises:
         UserError: no kind of source recognises ``source``, or it cannot be captured.

@@ -75,6 +75,7 @@ def run(case: Case, folder: Path) -> Facts:
     facts = Facts(case.name)
     model = small_model(case)
     source, options = saved(case, model, folder / "model")
+    model = model.get_submodule(case.component)
     try:
         with facts.stage("capture"):
             program = capture(source, inputs=case.inputs, **options)
@@ -104,6 +105,7 @@ def run_dynamic(case: Case, folder: Path) -> Facts:
     facts = Facts(case.name)
     model = small_model(case)
     source, options = saved(case, model, folder / "model")
+    model = model.get_submodule(case.component)
     declared = inputs_of(case, model)
     opens = {f"dynamic:{name}": [name] for name in limited(case)} | ({"dynamic": case.dynamic} if case.dynamic else {})
     for stage, names in opens.items():
@@ -189,7 +191,7 @@ def saved(case: Case, model: Any, folder: Path) -> tuple[str, dict[str, Any]]:
     """The model as a checkpoint that its library writes: the source for ``capture`` and its options."""
     if case.factory is None:
         model.save_pretrained(folder)
-        return str(folder), {}
+        return str(folder), {"component": case.component} if case.component else {}
     from safetensors.torch import save_model
 
     folder.mkdir()
