@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from optpass.capture.request import Request
 from optpass.errors import UserError, WeightError
 from optpass.interchange.pickled import read_pickled
 from optpass.ir.safetensors_io import read_safetensors
@@ -20,6 +21,18 @@ NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "
 """What trainers leave beside the weights under a weight file's suffix."""
 
 SHOWN = 5
+
+
+def requested_weights(request: Request) -> dict[str, Expression] | None:
+    """The weights that the user gave apart, else those of the folder; ``None`` for structure only.
+
+    Raises:
+        UserError: as :func:`folder_weights`.
+        WeightError: as :func:`folder_weights`.
+    """
+    if request.structure_only:
+        return None
+    return read_weights(request.weights) if request.weights else folder_weights(request.path)
 
 
 def folder_weights(folder: Path) -> dict[str, Expression] | None:
