@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import sys
 
 from torch import nn
 
@@ -15,14 +15,14 @@ def timm_inputs(module: nn.Module) -> Inputs | None:
 
     Height and width are fixed where timm says that the model's are.
     """
-    config = getattr(module, "pretrained_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else None
-    if not size or len(size) != 3:
+    # Only a timm that made the module is asked, so it is loaded; before 1.0.31 it could not answer.
+    describe = getattr(sys.modules.get("timm.models"), "get_model_input_config", None)
+    if describe is None or not hasattr(module, "pretrained_cfg"):
         return None
-    assert isinstance(config, Mapping)
+    described = describe(module)
     name = next(iter(inspect.signature(module.forward).parameters))
-    channels, height, width = (int(n) for n in size)
-    if config.get("fixed_input_size"):
+    channels, height, width = (int(n) for n in described["input_size"])
+    if described["fixed_input_size"]:
         return Inputs({name: Input(("batch", channels, height, width))}, {"batch": 1})
     image = Input(("batch", channels, "height", "width"))
     return Inputs({name: image}, {"batch": 1, "height": height, "width": width})

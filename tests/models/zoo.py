@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from case import Case
 from torch import Tensor, nn
 
 from optpass.analysis.cost import measure
 from optpass.capture.sources import capture
+from optpass.capture.timm_import import timm_importable
 from optpass.errors import OptpassError
 from optpass.evaluate.difference import outputs_difference, program_runner, random_inputs
 from optpass.ir.dialect import verify_shapes
@@ -108,6 +110,8 @@ def _built(case: Case) -> nn.Module:
 
         model: nn.Module = getattr(diffusers, case.config["_class_name"]).from_config(dict(case.config))
         return model
+    if "architecture" in case.config:
+        return timm_model(case.config)
     import transformers
 
     config = transformers.CONFIG_MAPPING[case.config["model_type"]].from_dict(dict(case.config))
@@ -115,8 +119,22 @@ def _built(case: Case) -> nn.Module:
     return built
 
 
+def timm_model(config: Mapping[str, Any]) -> nn.Module:
+    """What timm builds from the arguments that ``config`` records."""
+    with timm_importable():
+        timm = pytest.importorskip("timm", reason="timm is an optional extra")
+    arguments = {**config.get("model_args", {}), "pretrained_cfg": config.get("pretrained_cfg")}
+    model: nn.Module = timm.create_model(config["architecture"], num_classes=config["num_classes"], **arguments)
+    return model
+
+
 def saved(case: Case, model: Any, folder: Path) -> tuple[str, dict[str, Any]]:
     """The model as a checkpoint that its library writes: the source for ``capture`` and its options."""
+    if "architecture" in case.config:
+        from timm.models import save_for_hf
+
+        save_for_hf(model, folder, safe_serialization=True)
+        return str(folder), {}
     if case.factory is None:
         model.save_pretrained(folder)
         return str(folder), {}
