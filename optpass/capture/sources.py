@@ -15,6 +15,7 @@ from optpass.capture import (
     exported_file,
     factory,
     saved_program,
+    timm_model,
     transformers_model,
 )
 from optpass.capture.request import Request, Source
@@ -29,6 +30,7 @@ KINDS: tuple[Source, ...] = (
     diffusers_pipeline,
     diffusers_model,
     transformers_model,
+    timm_model,
 )
 """Source kinds in the order they are asked; the first that recognises the path captures it."""
 
@@ -113,5 +115,8 @@ def _found_file(path: Path) -> str:
     if path.suffix == ".py":
         return f"name the function that builds the model: {path.name}:function"
     if path.suffix == ".json":
-        return "the config names neither a diffusers class (_class_name) nor a transformers one (model_type)"
+        return (
+            "the config names no diffusers class (_class_name), no transformers one (model_type), "
+            "and no timm one (architecture)"
+        )
     return f"it is a file of type {path.suffix or 'unknown'!r}"
