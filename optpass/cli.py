@@ -46,6 +46,12 @@ Component = Annotated[
         "--component", help="A component of a pipeline folder (default: its denoiser), or a module of a model."
     ),
 ]
+Dtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--dtype", metavar="auto|float32|float16|bfloat16", help="Capture in this dtype; auto is the checkpoint's own."
+    ),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")]
 StructureOnly = Annotated[
     bool, typer.Option("--structure-only", help="Read no weights: costs and the report, no engine.")
@@ -65,6 +71,7 @@ def apply(
     inputs: Inputs = None,
     weights: Weights = None,
     component: Component = None,
+    dtype: Dtype = None,
     structure_only: StructureOnly = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing bundle, once the new one is finished.")
@@ -104,6 +111,7 @@ def apply(
         inputs=parse_inputs(inputs or []),
         weights=weights,
         component=component,
+        dtype=dtype,
         structure_only=structure_only,
         force=force,
         verify=verify,  # type: ignore[arg-type]
@@ -129,6 +137,7 @@ def inspect(
     inputs: Inputs = None,
     weights: Weights = None,
     component: Component = None,
+    dtype: Dtype = None,
     depth: Annotated[int, typer.Option(min=1, help="Levels of the module table.")] = 2,
     text: Annotated[bool, typer.Option("--text", help="Print the graph in the text form of the IR.")] = False,
     trust_remote_code: Trust = False,
@@ -144,6 +153,7 @@ def inspect(
             inputs=parse_inputs(inputs or []),
             weights=weights,
             component=component,
+            dtype=dtype or "auto",
             depth=depth,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from optpass.errors import MissingValuesError, UserError
-from optpass.interchange.onnx_file import untranslatable, write_onnx
+from optpass.interchange.external_data import ExternalData
+from optpass.interchange.onnx_file import OnnxFacts, untranslatable, write_onnx
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
 from optpass.ir.text import operator_name
@@ -35,7 +37,8 @@ LARGE = 1 << 30
 class OnnxRuntime(Target):
     """ONNX files with external data, one per entry, run by ONNX Runtime.
 
-    fp32 and fp16 graphs run on every provider (the CPU computes fp16 in fp32). bf16, fp64 and complex
+    fp32 and fp16 graphs run on every provider (the CPU computes fp16 in fp32, which takes longer than fp32
+    weights do; ``--dtype float32`` trades size for that). bf16, fp64 and complex
     graphs are refused: its CPU kernels for convolution and matrix products lack them.
     """
 
@@ -53,6 +56,7 @@ class OnnxRuntime(Target):
         True, description="threads wait busily between the operators of a call (faster, never after it)"
     )
 
+    floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
     extra: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
@@ -61,8 +65,9 @@ class OnnxRuntime(Target):
         return [found for graph in program.entries.values() for found in _unsupported(graph)]
 
     def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
-        """Write ``ENTRY.onnx`` and ``ENTRY.onnx.data`` for every entry, and load each once.
+        """Write ``ENTRY.onnx`` for every entry and load each once.
 
+        The weights of one entry go to ``ENTRY.onnx.data``; several entries share ``weights.onnx.data``.
         Files above 1 GiB are loaded without ONNX Runtime's own optimisations, which would copy the weights.
 
         Raises:
@@ -71,19 +76,26 @@ class OnnxRuntime(Target):
         """
         if not program.has_values:
             raise MissingValuesError("ONNX engines need weight values; the checkpoint was captured structure-only")
-        return {name: self._lower_entry(name, graph, program, lowering) for name, graph in program.entries.items()}
+        names = list(program.entries)
+        path = lowering.folder / f"{names[0] if len(names) == 1 else 'weights'}.onnx.data"
+        with ExternalData(path, allow_nonfinite=lowering.allow_nonfinite) as data:
+            facts = {name: self._write(name, program, lowering, data) for name in names}
+        lowered = {name: self._lowered(name, program, lowering, fact) for name, fact in facts.items()}
+        return {name: replace(entry, digests=data.digests) for name, entry in lowered.items()}
 
-    def _lower_entry(self, name: str, graph: Graph, program: Program, lowering: Lowering) -> LoweredEntry:
-        path = lowering.folder / f"{name}.onnx"
-        facts = write_onnx(
-            graph,
+    def _write(self, name: str, program: Program, lowering: Lowering, data: ExternalData) -> OnnxFacts:
+        return write_onnx(
+            program.entries[name],
             program.weights,
-            path,
+            lowering.folder / f"{name}.onnx",
+            data,
             opset=self.opset,
             optimize=self.optimize,
-            allow_nonfinite=lowering.allow_nonfinite,
             progress=lowering.progress,
         )
+
+    def _lowered(self, name: str, program: Program, lowering: Lowering, facts: OnnxFacts) -> LoweredEntry:
+        graph, path = program.entries[name], lowering.folder / f"{name}.onnx"
         lowering.progress("load the engine", 0.0)
         # Loaded to run, an engine holds every weight once more, packed for its kernels.
         session = self._session(path, light=facts.bytes > LARGE)

@@ -42,20 +42,22 @@ class ProgramTarget(Target):
         """
         folder, weights = lowering.folder / "program", WEIGHTS
         details: dict[str, Any] = {}
+        digests: dict[str, str] = {}
         if self.layout != "program":
             folder = lowering.folder
-            weights, details = self._write_library_folder(program, folder)
-        save_program(
+            weights, details, digests = self._write_library_folder(program, folder)
+        written = save_program(
             program,
             folder,
             weights_file=weights,
             allow_nonfinite=lowering.allow_nonfinite,
             progress=lambda fraction: lowering.progress("write the weights", fraction),
         )
-        main = (folder / INDEX).relative_to(lowering.folder).as_posix()
+        within = folder.relative_to(lowering.folder)
+        digests |= {(within / name).as_posix(): digest for name, digest in written.items()}
         return {
             name: LoweredEntry(
-                main,
+                (within / INDEX).as_posix(),
                 graph.inputs,
                 graph.outputs,
                 {
@@ -65,12 +67,13 @@ class ProgramTarget(Target):
                     "bytes": program.used_weights().nbytes,
                     **details,
                 },
+                digests,
             )
             for name, graph in program.entries.items()
         }
 
-    def _write_library_folder(self, program: Program, folder: Path) -> tuple[str, dict[str, Any]]:
-        """Configuration and other components; the path of the weights and facts for the manifest."""
+    def _write_library_folder(self, program: Program, folder: Path) -> tuple[str, dict[str, Any], dict[str, str]]:
+        """Configuration and other components; the path of the weights, facts for the manifest, digests of copies."""
         origin = program.origin
         if origin.library != self.layout:
             raise UserError(
@@ -80,16 +83,17 @@ class ProgramTarget(Target):
         if not program.has_values:
             raise MissingValuesError(f"layout: {self.layout} needs weight values; this Program is structure-only")
         _check_unchanged(program)
-        part = folder
+        part, digests = folder, {}
         if origin.pipeline:
             from optpass.runtime.components import copy_components
 
-            copy_components(origin, folder)
+            digests = copy_components(origin, folder)
             part = folder / origin.component
         part.mkdir(parents=True, exist_ok=True)
         (part / "config.json").write_text(json.dumps(_config(program), indent=2), encoding="utf-8")
+        digests.pop((part / "config.json").relative_to(folder).as_posix(), None)
         weights = (part / WEIGHT_FILES[self.layout]).relative_to(folder).as_posix()
-        return weights, {"components": "."} if origin.pipeline else {}
+        return weights, {"components": "."} if origin.pipeline else {}, digests
 
     @classmethod
     def load(cls, folder: Path, entry: Mapping[str, Any], options: Mapping[str, Any]) -> Runner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from optpass.capture import (
     timm_model,
     transformers_model,
 )
+from optpass.capture.precision import PRECISIONS
 from optpass.capture.request import Request, Source
 from optpass.capture.spans import Sizes
 from optpass.errors import UserError
@@ -45,7 +46,8 @@ def capture(
     weights: Path | None = None,
     trust_remote_code: bool = False,
     component: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    floats: Collection[torch.dtype] = PRECISIONS.values(),
 ) -> Program:
     """The Program of a checkpoint, its weights lazy.
 
@@ -53,7 +55,8 @@ def capture(
     without any weight file is captured structure-only, as is one with ``structure_only``. ``weights``
     names a weight file for a source that has none of its own. ``component`` chooses a part of a
     pipeline folder (default: its denoiser), or a module of a model by its path. ``dtype`` is what
-    floating weights are computed in.
+    floating weights are computed in; by default the one dtype that they have in the checkpoint, where it
+    is among ``floats``, else float32.
 
     Raises:
         UserError: no kind of source recognises ``source``, or it cannot be captured.
@@ -68,7 +71,8 @@ def capture(
         weights=weights,
         trust_remote_code=trust_remote_code,
         component=component,
-        dtype=dtype,
+        given_dtype=dtype,
+        floats=floats,
     )
     if weights is not None and not weights.is_file():
         raise UserError(f"no weight file at {weights}")

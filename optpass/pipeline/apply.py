@@ -11,7 +11,8 @@ from typing import Any
 
 from optpass import __version__
 from optpass.analysis.cost import measure
-from optpass.capture.digest import checkpoint_digest
+from optpass.capture.digest import identified
+from optpass.capture.precision import precision
 from optpass.capture.sources import capture
 from optpass.errors import OptpassError, UserError
 from optpass.evaluate.scope import Scope
@@ -53,6 +54,7 @@ def apply(
         OptpassError: a pass failed; the message names the reproducer.
     """
     started = time.perf_counter()
+    recipe = replace(recipe, dtype=request.dtype or recipe.dtype)
     lowers = not request.structure_only or recipe.target.structure_only
     if lowers:
         type(recipe.target).check_installed(recipe.target_name)
@@ -93,8 +95,10 @@ def _capture(recipe: Recipe, request: Request) -> Program:
         weights=request.weights,
         component=request.component,
         trust_remote_code=request.trust_remote_code,
+        dtype=precision(recipe.dtype),
+        floats=type(recipe.target).floats,
     )
-    return replace(program, origin=replace(program.origin, digest=checkpoint_digest(program)))
+    return identified(program)
 
 
 def _run(

@@ -12,6 +12,7 @@ from optpass.analysis.cost import measure
 from optpass.evaluate.difference import IDENTICAL_DB, program_runner, runners_difference, trial_inputs
 from optpass.evaluate.latency import compare_latency
 from optpass.evaluate.quality import Evaluator, psnr
+from optpass.evaluate.widened import widened
 from optpass.ir.program import Program
 from optpass.pipeline.recipe import Recipe
 from optpass.pipeline.request import Progress, Request
@@ -59,7 +60,7 @@ def collect_evidence(
     trials = trial_inputs(graph, graph.dimensions, original.ranges, request.seed)
     inputs = trials[0]
     progress("compare", 0.0)
-    reference = program_runner(original, entry)
+    reference = program_runner(widened(original), entry)
     difference = runners_difference(reference, runner, trials).as_dict()
     progress("compare", 1.0)
     if not request.baseline:

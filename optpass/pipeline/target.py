@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
+from optpass.capture.precision import PRECISIONS
 from optpass.errors import UserError
 from optpass.ir.graph import TensorSpec
 from optpass.ir.program import Program
@@ -41,12 +43,17 @@ class Lowering:
 
 @dataclass(frozen=True)
 class LoweredEntry:
-    """One engine: its files relative to the bundle, ``main`` first, and facts for the report."""
+    """One engine: its main file relative to the bundle, and facts for the report.
+
+    ``digests`` gives the hex SHA-256 of files (its own or shared ones) that were hashed while they were
+    written; the bundle reads every other file once more for its hash.
+    """
 
     main: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 class Target(Options):
@@ -60,6 +67,8 @@ class Target(Options):
     """Whether :meth:`load` can execute what :meth:`lower` wrote on this machine."""
     structure_only: ClassVar[bool] = False
     """Whether a Program without weight values can be lowered."""
+    floats: ClassVar[frozenset[torch.dtype]] = frozenset(PRECISIONS.values())
+    """Dtypes that its engines compute in; a checkpoint of another one is captured in float32, if nobody objects."""
 
     @classmethod
     def missing_packages(cls) -> list[str]:

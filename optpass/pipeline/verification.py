@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optpass.errors import ContractError
-from optpass.evaluate.difference import EQUAL, program_difference
+from optpass.evaluate.difference import EQUAL, Difference, program_difference
+from optpass.evaluate.widened import widened
+from optpass.ir.program import Program
+from optpass.pipeline.contract import Contract
 from optpass.pipeline.manager import Event
 
 Mode = Literal["auto", "always", "never"]
@@ -33,7 +36,7 @@ class Verification:
         if reason := self._skipped(event):
             facts |= {"difference": None, "verified": f"not verified: {reason}"}
             return
-        difference = program_difference(event.before, event.after, seed=self.seed) if event.record.modified else EQUAL
+        difference = self._difference(event.before, event.after, contract) if event.record.modified else EQUAL
         facts["difference"] = difference.as_dict()
         error = difference.relative_error
         if contract.kind != "exact":
@@ -45,6 +48,12 @@ class Verification:
                 f"on random inputs is {error:.3g}"
             )
         facts["verified"] = f"held: {error:.2g} ≤ {contract.rtol:g}"
+
+    def _difference(self, before: Program, after: Program, contract: Contract) -> Difference:
+        # An exact pass promises more than half precision resolves.
+        wide = contract.kind == "exact"
+        pair = (widened(before), widened(after)) if wide else (before, after)
+        return program_difference(*pair, seed=self.seed)
 
     def _skipped(self, event: Event) -> str:
         if self.mode == "never":
