@@ -172,6 +172,7 @@ def _print_inspection(facts: dict[str, Any]) -> None:
         console.out.print(console.cost_table("module", entry["by_module"]))
         console.out.print()
         console.out.print(console.cost_table("operator", entry["by_operator"]))
+        console.uncounted(entry["uncounted"])
     console.out.print("\n1 MAC = 2 FLOP; linear, convolution, matmul and attention are counted", style="dim")
 
 

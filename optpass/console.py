@@ -98,6 +98,14 @@ def cost_table(noun: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
     return table("", (noun, *(titles[key] for key in columns)), cells)
 
 
+def uncounted(operators: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the MACs leave out for want of a rule, if anything, with the first places."""
+    for name, found in operators.items():
+        places = ", ".join(found["paths"]) + (", …" if found["count"] > len(found["paths"]) else "")
+        line = f"not counted: {name} ({found['count']} times: {places}) has no MAC rule and may multiply"
+        out.print(line, style="yellow", markup=False)
+
+
 TOTALS_HEADERS = ("", "parameters", "MACs", "in attention", "weights", "activations")
 
 
