@@ -16,6 +16,8 @@ from optpass.ir.program import InputRange, Program
 from optpass.pipeline.target import Runner
 
 LARGER = 4
+TRIALS = 2
+"""Random inputs on which two Programs are compared, at the captured sizes."""
 IDENTICAL_DB = 300.0
 """What stands for an infinite ratio in records: float64 itself resolves no more."""
 
@@ -86,7 +88,7 @@ def runners_difference(reference: Runner, other: Runner, trials: Sequence[Mappin
     return worst
 
 
-def program_difference(reference: Program, other: Program, *, trials: int = 2, seed: int = 0) -> Difference:
+def program_difference(reference: Program, other: Program, *, trials: int = TRIALS, seed: int = 0) -> Difference:
     """Run the entries that both Programs have on ``trials`` random inputs each and compare.
 
     Open dimensions are tried at the ends of their ranges besides.

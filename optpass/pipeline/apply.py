@@ -85,8 +85,13 @@ def apply(
     return Applied(request.out, report)
 
 
-def _capture(recipe: Recipe, request: Request) -> Program:
-    program = capture(
+def captured(recipe: Recipe, request: Request) -> Program:
+    """The checkpoint as ``recipe`` wants it, its weights lazy; no value is read.
+
+    Raises:
+        UserError: it cannot be captured.
+    """
+    return capture(
         request.checkpoint,
         inputs={**recipe.inputs, **request.inputs},
         structure_only=request.structure_only,
@@ -94,6 +99,10 @@ def _capture(recipe: Recipe, request: Request) -> Program:
         component=request.component,
         trust_remote_code=request.trust_remote_code,
     )
+
+
+def _capture(recipe: Recipe, request: Request) -> Program:
+    program = captured(recipe, request)
     return replace(program, origin=replace(program.origin, digest=checkpoint_digest(program)))
 
 
