@@ -30,9 +30,9 @@ LEVELS = {
 }
 ERRORS_ONLY = 3
 LARGE = 1 << 30
-EXPORTER = 100 << 20
+EXPORTER = 80 << 20
 """Memory of ONNX Runtime, of the exporter and of the optimiser, which imports an evaluator."""
-NODE_IN_MEMORY = 60 << 10
+NODE_IN_MEMORY = 25 << 10
 NODE_ON_DISK = 2200
 MACHINE_WORD = 4
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose", "aten.convolution")
@@ -77,7 +77,6 @@ class OnnxRuntime(Target):
         return Footprint(
             disk=sum(part.disk for part in parts),
             lowering=max(part.lowering for part in parts),
-            kept=max(part.kept for part in parts),
             checking=max(part.checking for part in parts),
             loaded=sum(part.loaded for part in parts),
         )
@@ -188,11 +187,9 @@ def _footprint(graph: Graph, weights: WeightStore) -> Footprint:
         stays = name in convolved or wide > expression.nbytes
         loaded += wide + (expression.nbytes if stays else 0)
     largest = max((expression.nbytes for expression in read.values()), default=0)
-    exported = EXPORTER + NODE_IN_MEMORY * len(graph.calls)
     return Footprint(
         disk=read.nbytes + NODE_ON_DISK * len(graph.calls),
-        lowering=exported + COPIES * largest,
-        kept=exported,
+        lowering=EXPORTER + NODE_IN_MEMORY * len(graph.calls) + COPIES * largest,
         checking=0 if read.nbytes > LARGE else loaded,
         loaded=loaded,
     )

@@ -49,8 +49,8 @@ class ProgramTarget(Target):
         weights = program.used_weights()
         nodes = sum(len(graph.calls) for graph in program.entries.values())
         largest = max((expression.nbytes for expression in weights.values()), default=0)
-        memory = NODE_IN_MEMORY * nodes
-        return Footprint(weights.nbytes + NODE_ON_DISK * nodes, memory + COPIES * largest, memory, 0, 0)
+        memory = NODE_IN_MEMORY * nodes + COPIES * largest
+        return Footprint(weights.nbytes + NODE_ON_DISK * nodes, memory, 0, 0)
 
     def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
         """Save the Program, its weights streamed.

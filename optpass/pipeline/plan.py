@@ -61,8 +61,8 @@ from optpass.runtime.components import component_files
 from optpass.runtime.sampling import can_sample
 
 SCHEMA = 1
-PROCESS = 400 << 20
-NODE = 48 << 10
+PROCESS = 380 << 20
+NODE = 15 << 10
 RECORDS = 48 << 10
 """Bytes of manifest, lock file and report, beside what the report says of every site."""
 SITE = 320
@@ -375,9 +375,8 @@ class _Planner:
     def _lower(self, result: Program, engine: Footprint) -> tuple[str, int]:
         """Stages of writing the engines and of the evidence; whether that is collected, and its temporary bytes."""
         read = read_bytes(result.used_weights()) if self.has_values else 0
-        lowered = self.held + max(engine.lowering, engine.kept + engine.checking)
-        self.stages.append(Stage("lower", read=read, memory=lowered))
-        self.held += engine.kept
+        self.held += engine.lowering
+        self.stages.append(Stage("lower", read=read, memory=self.held + engine.checking))
         if not type(self.recipe.target).runs_here:
             return f"not collected: engines of target {self.recipe.target_name!r} do not run here", 0
         if not self.has_values:
@@ -394,8 +393,8 @@ class _Planner:
         if not self.request.baseline:
             return "numerics", 0
         baseline = self.recipe.target.predict(self.original)
-        self.held += held_bytes(original)
-        peak = max(baseline.lowering, baseline.checking, baseline.loaded)
+        self.held += held_bytes(original) + baseline.lowering
+        peak = max(baseline.checking, baseline.loaded)
         self.stages.append(Stage("lower the original", read=read_bytes(original), memory=self.held + peak))
         self.held += baseline.loaded
         activations = max(self.cost.totals.peak_activation_bytes, measure(result).totals.peak_activation_bytes)

@@ -57,13 +57,12 @@ class Footprint:
     """What the engines of a Program take, in bytes, as :meth:`Target.predict` foresees it.
 
     ``disk``: their files. Memory is anonymous, and beyond what the process holds before it lowers: ``lowering``
-    at most while they are written, ``kept`` of it afterwards, ``checking`` at most while the target tries what it
-    wrote, and ``loaded`` once they are loaded to run, activations excepted.
+    while they are written, which the allocator keeps; ``checking`` on top of that while the target tries what it
+    wrote; and ``loaded`` once they are loaded to run, activations excepted.
     """
 
     disk: int
     lowering: int
-    kept: int
     checking: int
     loaded: int
 
@@ -111,7 +110,7 @@ class Target(Options):
         """
         weights = program.used_weights()
         largest = max((expression.nbytes for expression in weights.values()), default=0)
-        return Footprint(weights.nbytes, COPIES * largest, 0, 0, weights.nbytes)
+        return Footprint(weights.nbytes, COPIES * largest, 0, weights.nbytes)
 
     @abstractmethod
     def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
