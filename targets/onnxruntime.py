@@ -33,7 +33,8 @@ LARGE = 1 << 30
 EXPORTER = 80 << 20
 """Memory of ONNX Runtime, of the exporter and of the optimiser, which imports an evaluator."""
 NODE_IN_MEMORY = 25 << 10
-NODE_ON_DISK = 2200
+NODE_ON_DISK, LETTER_ON_DISK = 140, 33
+"""Bytes of a node, and for each letter of its module path, which stands in it with those of all modules around."""
 MACHINE_WORD = 4
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose", "aten.convolution")
 
@@ -188,7 +189,7 @@ def _footprint(graph: Graph, weights: WeightStore) -> Footprint:
         loaded += wide + (expression.nbytes if stays else 0)
     largest = max((expression.nbytes for expression in read.values()), default=0)
     return Footprint(
-        disk=read.nbytes + NODE_ON_DISK * len(graph.calls),
+        disk=read.nbytes + sum(NODE_ON_DISK + LETTER_ON_DISK * len(path_of(node)) for node in graph.calls),
         lowering=EXPORTER + NODE_IN_MEMORY * len(graph.calls) + COPIES * largest,
         checking=0 if read.nbytes > LARGE else loaded,
         loaded=loaded,

@@ -18,8 +18,8 @@ from optpass.pipeline.target import COPIES, Footprint, LoweredEntry, Lowering, R
 
 WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 SHOWN = 5
-NODE_IN_MEMORY = 40 << 10
-NODE_ON_DISK = 1500
+NODE_IN_MEMORY = 10 << 10
+NODE_ON_DISK, WEIGHT_ON_DISK = 1000, 1730
 
 
 class ProgramTarget(Target):
@@ -37,7 +37,7 @@ class ProgramTarget(Target):
     structure_only: ClassVar[bool] = True
 
     def predict(self, program: Program) -> Footprint:
-        """Files: the weights, and for each node its serialised call.
+        """Files: the weights, and for each node and each weight its record in the serialised graph.
 
         Run by PyTorch, what it wrote stays in the mapped file.
 
@@ -48,9 +48,10 @@ class ProgramTarget(Target):
             self._check_layout(program)
         weights = program.used_weights()
         nodes = sum(len(graph.calls) for graph in program.entries.values())
+        disk = weights.nbytes + NODE_ON_DISK * nodes + WEIGHT_ON_DISK * len(weights)
         largest = max((expression.nbytes for expression in weights.values()), default=0)
         memory = NODE_IN_MEMORY * nodes + COPIES * largest
-        return Footprint(weights.nbytes + NODE_ON_DISK * nodes, memory, 0, 0)
+        return Footprint(disk, memory, 0, 0)
 
     def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
         """Save the Program, its weights streamed.

@@ -15,7 +15,8 @@ it had changed no shape, and says so. Memory, disk, reading and work are worked 
 
   ====================  ==================================================================================
   capture               :data:`PROCESS` for Python, PyTorch, diffusers and transformers, then
-                        :data:`NODE` for each node of the captured graph and of each pass's result
+                        :data:`NODE` for each node
+  a pass                :data:`NODE_REWRITTEN` for each node of its result; the next pass takes the same
   verify, gate          the worse Program's computed weights (stored ones are mapped), those of 16 bits
                         twice, for the CPU's kernels convert them; and its peak activations. The allocator
                         keeps the computed weights' pages
@@ -44,7 +45,7 @@ from optpass.analysis.cost import Cost, measure
 from optpass.analysis.evaluation import held_bytes, read_bytes
 from optpass.capture.digest import weight_files
 from optpass.errors import UserError
-from optpass.evaluate.difference import TRIALS
+from optpass.evaluate.difference import TRIALS, elements, trial_specs
 from optpass.evaluate.latency import RUNS, WARMUP
 from optpass.evaluate.metrics import NUMERIC
 from optpass.ir.program import Program
@@ -62,10 +63,11 @@ from optpass.runtime.sampling import can_sample
 
 SCHEMA = 1
 PROCESS = 380 << 20
-NODE = 15 << 10
-RECORDS = 48 << 10
+NODE, NODE_REWRITTEN = 15 << 10, 25 << 10
+"""Anonymous bytes of the process, of a captured node, and of a node of a pass's result."""
+RECORDS = 28 << 10
 """Bytes of manifest, lock file and report, beside what the report says of every site."""
-SITE = 320
+SITE = 220
 CLIP = 48 << 10
 """Bytes of a generated sample in the report."""
 NOWHERE = Path()
@@ -140,6 +142,7 @@ class ComponentPlan:
                     "nodes": len(graph.calls),
                     "inputs": [spec.as_json() for spec in graph.inputs],
                     "outputs": [spec.as_json() for spec in graph.outputs],
+                    "dimensions": [item.as_json() for item in graph.dimensions],
                 }
                 for name, graph in self.program.entries.items()
             },
@@ -253,6 +256,7 @@ class _Planner:
         self.refusals: list[str] = []
         self.stages: list[Stage] = []
         self.held = PROCESS + NODE * _nodes(program)
+        self.rewritten = 0
 
     def plan(self) -> ComponentPlan:
         if self.lowers and not self.recipe.target.structure_only and not self.has_values:
@@ -300,12 +304,20 @@ class _Planner:
             if item.status == "not run":
                 unrun.append(step.name)
             if item.record is not None:
+                self._rewritten(step, after)
                 self._verify(item, program, after)
                 program, cost = after, item.record.after
             if item.status in ("run", "not run"):
                 self._gates(step, program)
             self.progress(step.name, 1.0)
         return tuple(found), program
+
+    def _rewritten(self, step: Step, after: Program) -> None:
+        """A copy edited, written as text and inferred again; what one pass took, the next one takes again."""
+        size = NODE_REWRITTEN * _nodes(after)
+        self.held += max(0, size - self.rewritten)
+        self.rewritten = max(size, self.rewritten)
+        self.stages.append(Stage(step.name, memory=self.held))
 
     def _pass(self, step: Step, program: Program, cost: Cost, unrun: tuple[str, ...]) -> tuple[PassPlan, Program]:
         needs = _needs(step.record)
@@ -330,16 +342,10 @@ class _Planner:
         return PassPlan(step, "run", needs, unrun, executed, record=record), after
 
     def _verify(self, item: PassPlan, before: Program, after: Program) -> None:
-        self.held += NODE * _nodes(after)
         assert item.record is not None
         if not item.verification.startswith("executed"):
             return
-        self._execute(
-            f"verify {item.step.name}",
-            (before, after),
-            macs=TRIALS * (item.record.before.totals.macs + item.record.after.totals.macs),
-            repeats=TRIALS,
-        )
+        self._compare(f"verify {item.step.name}", before, after)
 
     def _gates(self, step: Step, program: Program) -> None:
         for gate in self.recipe.gates:
@@ -348,16 +354,23 @@ class _Planner:
             if reason := _gate_refusal(gate, self.original, self.has_values):
                 self.refusals.append(f"gate {gate.metric} after {gate.after!r}: {reason}")
                 continue
-            compared = (self.original, program) if gate.metric in (*NUMERIC, "psnr") else (program,)
-            calls = TRIALS if gate.metric in NUMERIC else gate.clips * gate.steps
-            macs = calls * sum(_macs(each) for each in compared)
-            repeats = TRIALS if gate.metric in NUMERIC else 1
-            self._execute(f"gate {gate.metric} after {gate.after}", compared, macs=macs, repeats=repeats)
+            name = f"gate {gate.metric} after {gate.after}"
+            if gate.metric in NUMERIC:
+                self._compare(name, self.original, program)
+                continue
+            compared = (self.original, program) if gate.metric == "psnr" else (program,)
+            macs = gate.clips * gate.steps * sum(_macs(each) for each in compared)
+            self._execute(name, compared, Trials(1, 1.0, 1.0), macs)
 
-    def _execute(self, name: str, programs: Sequence[Program], *, macs: int, repeats: int) -> None:
-        """A stage in which PyTorch runs ``programs`` one after another, their weights read ``repeats`` times."""
-        read = repeats * sum(read_bytes(program.used_weights()) for program in programs)
-        memory = max(_executed_bytes(program) for program in programs)
+    def _compare(self, name: str, before: Program, after: Program) -> None:
+        """A stage in which both Programs are called on the same random inputs, their weights read for every call."""
+        trials = Trials.of(before, TRIALS)
+        self._execute(name, (before, after), trials, round(trials.work * (_macs(before) + _macs(after))))
+
+    def _execute(self, name: str, programs: Sequence[Program], trials: Trials, macs: int) -> None:
+        """A stage in which PyTorch runs ``programs`` one after another."""
+        read = trials.count * sum(read_bytes(program.used_weights()) for program in programs)
+        memory = max(_executed_bytes(program, trials.largest) for program in programs)
         self.stages.append(Stage(name, macs, read, self.held + memory))
         self.held += max(held_bytes(program.used_weights()) for program in programs)
 
@@ -387,9 +400,10 @@ class _Planner:
         before, after = _entry_macs(self.original, entry), _entry_macs(result, entry)
         self.held += engine.loaded
         original = self.original.used_weights()
-        self.stages.append(
-            Stage("compare", before + after, read_bytes(original), self.held + _executed_bytes(self.original))
-        )
+        trials = Trials.of(self.original, 1)
+        memory = self.held + _executed_bytes(self.original, trials.largest)
+        macs = round(trials.work * (before + after))
+        self.stages.append(Stage("compare", macs, read_bytes(original), memory))
         if not self.request.baseline:
             return "numerics", 0
         baseline = self.recipe.target.predict(self.original)
@@ -411,6 +425,29 @@ class _Planner:
         origin = self.original.origin
         wanted = collected.startswith("numerics") and self.request.baseline and self.request.samples > 0
         return wanted and origin.pipeline and can_sample(origin.path)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Calls on random inputs: how many, and the work of all and the size of the largest beside the captured inputs.
+
+    Open dimensions are tried at the ends of their ranges as well; what a call takes goes with its inputs' elements.
+    """
+
+    count: int
+    work: float
+    largest: float
+
+    @staticmethod
+    def of(program: Program, trials: int) -> Trials:
+        """Those of every entry together."""
+        ratios: list[float] = []
+        count = 0
+        for graph in program.entries.values():
+            specs = trial_specs(graph, graph.dimensions, trials)
+            count = max(count, len(specs))
+            ratios += [elements(each) / max(elements(specs[0]), 1) for each in specs]
+        return Trials(count, sum(ratios) / max(len(program.entries), 1), max(ratios, default=1.0))
 
 
 def _needs(record: Pass) -> tuple[str, ...]:
@@ -435,12 +472,12 @@ def _entry_macs(program: Program, entry: str) -> int:
     return measure(program).entries[entry].totals.macs
 
 
-def _executed_bytes(program: Program) -> int:
-    """Memory of ``program`` executed by PyTorch: computed weights, 16-bit ones twice, and activations."""
+def _executed_bytes(program: Program, larger: float) -> int:
+    """Memory of ``program`` run by PyTorch on ``larger`` inputs: computed weights, 16-bit ones twice, activations."""
     weights = program.used_weights()
     narrow = {name: item for name, item in weights.items() if item.dtype.itemsize == 2}
     narrow_bytes = sum(item.nbytes for item in narrow.values())
-    return held_bytes(weights) + narrow_bytes + measure(program).totals.peak_activation_bytes
+    return held_bytes(weights) + narrow_bytes + round(larger * measure(program).totals.peak_activation_bytes)
 
 
 def _carried_weights(program: Program) -> int:

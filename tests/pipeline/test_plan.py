@@ -24,7 +24,7 @@ from optpass.pipeline.apply import apply
 from optpass.pipeline.contract import approximate, exact
 from optpass.pipeline.passes import Context, Pass
 from optpass.pipeline.plan import NOWHERE, Plan, plan
-from optpass.pipeline.recipe import Recipe, Step, make_recipe
+from optpass.pipeline.recipe import Recipe, Step, find_recipe, load_recipe, make_recipe
 from optpass.pipeline.request import Request
 
 TOLERANCE = 0.02
@@ -66,12 +66,9 @@ def _anonymous_bytes(pid: int) -> int:
     return int(found[1]) << 10 if found else 0
 
 
-def planned(recipe: str | dict[str, Any], checkpoint: Path, **changes: Any) -> Plan:
-    from optpass.pipeline.recipe import find_recipe, load_recipe
-
+def planned(recipe: str | dict[str, Any], *, assume_weights: bool = False, **request: Any) -> Plan:
     loaded = make_recipe(recipe) if isinstance(recipe, dict) else load_recipe(find_recipe(recipe))
-    assume = changes.pop("assume_weights", False)
-    return plan(loaded, Request(str(checkpoint), changes.pop("out", NOWHERE), **changes), assume_weights=assume)
+    return plan(loaded, Request(**{"out": NOWHERE, **request}), assume_weights=assume_weights)
 
 
 def assert_foreseen(found: Plan, run: Run) -> None:
@@ -92,7 +89,7 @@ def linux():
 
 def test_moving_digits_as_foreseen(moving_digits, tmp_path, linux):
     run = measured_apply("moving-digits", moving_digits, tmp_path / "bundle", "--samples", "2", "--steps", "3")
-    found = planned("moving-digits", moving_digits, samples=2, steps=3)
+    found = planned("moving-digits", checkpoint=str(moving_digits), samples=2, steps=3)
     assert_foreseen(found, run)
     [part] = found.components
     assert part.evidence == "numerics, latency and samples"
@@ -144,34 +141,39 @@ def _write(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-CASES = {
-    "resnet": (write_resnet, {}),
-    "dit-50-mb": (write_dit, {"heads": 8, "layers": 2}),
-    "dit-400-mb": (write_dit, {"heads": 12, "layers": 10}),
-    "unet-of-4000-nodes": (write_unet, {}),
+MODELS = {
+    "resnet-45-mb": (write_resnet, {}),
+    "dit-45-mb": (write_dit, {"heads": 8, "layers": 2}),
+    "dit-400-mb": (write_dit, {"heads": 12, "layers": 8}),
+    "unet-of-3500-nodes": (write_unet, {}),
 }
+CASES = [
+    ("resnet-45-mb", "export", "auto"),
+    ("resnet-45-mb", "half-precision", "never"),
+    ("dit-45-mb", "half-precision", "auto"),
+    ("dit-400-mb", "export", "never"),
+    ("unet-of-3500-nodes", "export", "never"),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["export", "half-precision"])
-@pytest.mark.parametrize("verify", ["auto", "never"])
-@pytest.mark.parametrize("model", CASES)
-def test_larger_models_as_foreseen(tmp_path, linux, model, verify, recipe):
-    write, sizes = CASES[model]
+@pytest.mark.parametrize(("model", "recipe", "verify"), CASES)
+def test_larger_models_as_foreseen(tmp_path, linux, model, recipe, verify):
+    write, sizes = MODELS[model]
     write(tmp_path / "model", **sizes)
     run = measured_apply(recipe, tmp_path / "model", tmp_path / "bundle", "--verify", verify)
-    assert_foreseen(planned(recipe, tmp_path / "model", verify=verify), run)
+    assert_foreseen(planned(recipe, checkpoint=str(tmp_path / "model"), verify=verify), run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["resnet", "unet-of-4000-nodes"])
+@pytest.mark.parametrize("model", ["resnet-45-mb", "unet-of-3500-nodes"])
 def test_the_program_target_as_foreseen(tmp_path, linux, model):
-    write, sizes = CASES[model]
+    write, sizes = MODELS[model]
     write(tmp_path / "model", **sizes)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("passes: [{cast: {dtype: bfloat16}}]\ntarget: program\n")
     run = measured_apply(str(recipe), tmp_path / "model", tmp_path / "bundle", "--verify", "never")
-    assert_foreseen(planned(str(recipe), tmp_path / "model", verify="never"), run)
+    assert_foreseen(planned(str(recipe), checkpoint=str(tmp_path / "model"), verify="never"), run)
 
 
 @pytest.fixture
@@ -193,16 +195,40 @@ def counted(monkeypatch):
     return read
 
 
-@pytest.fixture
-def dit(tmp_path) -> Path:
-    """A folder with a small DiT's weights."""
-    from diffusers import DiTTransformer2DModel
+MODEL = """
+import torch
+from torch import nn
 
-    model = DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=32, in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=10
-    )
-    _write(model, tmp_path / "dit")
-    return tmp_path / "dit"
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128))
+        self.head = nn.Linear(128, 3)
+
+    def forward(self, x):
+        y = self.body(x)
+        return self.head(torch.softmax(y @ y.mT, -1) @ y)
+
+def build():
+    return Net()
+"""
+
+
+@pytest.fixture
+def small(tmp_path) -> dict[str, Any]:
+    """A request for a small factory with weights."""
+    from safetensors.torch import save_file
+
+    (tmp_path / "small.py").write_text(MODEL)
+    scope: dict[str, Any] = {}
+    exec(MODEL, scope)
+    torch.manual_seed(0)
+    save_file(scope["build"]().state_dict(), tmp_path / "weights.safetensors")
+    return {
+        "checkpoint": f"{tmp_path / 'small.py'}:build",
+        "weights": tmp_path / "weights.safetensors",
+        "inputs": {"x": (5, 128)},
+    }
 
 
 HALF = {
@@ -212,10 +238,10 @@ HALF = {
 }
 
 
-def test_reading_as_foreseen_and_nothing_read_to_foresee_it(dit, tmp_path, counted):
-    found = planned(HALF, dit)
+def test_reading_as_foreseen_and_nothing_read_to_foresee_it(small, tmp_path, counted):
+    found = planned(HALF, **small)
     assert counted == {"hashed": 0, "values": 0}
-    apply(make_recipe(HALF), Request(str(dit), tmp_path / "bundle"))
+    apply(make_recipe(HALF), Request(out=tmp_path / "bundle", **small))
     stages = {stage.name: stage.read for stage in found.components[0].stages}
     assert counted["hashed"] == stages.pop("hash the checkpoint")
     # The ONNX optimiser folds a few small weights, which it reads once more.
@@ -223,7 +249,7 @@ def test_reading_as_foreseen_and_nothing_read_to_foresee_it(dit, tmp_path, count
     assert found.read == counted["hashed"] + sum(stages.values())
 
 
-def test_work_as_foreseen(dit, tmp_path, monkeypatch):
+def test_work_as_foreseen(small, tmp_path, monkeypatch):
     """Calls of the model by PyTorch and by the engines, counted, times the MACs of one."""
     from optpass.evaluate.difference import program_runner
     from optpass.targets.onnxruntime import OnnxRuntime
@@ -246,66 +272,64 @@ def test_work_as_foreseen(dit, tmp_path, monkeypatch):
         monkeypatch.setattr(f"{module}.program_runner", counting("torch", program_runner))
     load = OnnxRuntime.load.__func__
     monkeypatch.setattr(OnnxRuntime, "load", classmethod(counting("engine", load)))
-    found = planned(HALF, dit)
-    apply(make_recipe(HALF), Request(str(dit), tmp_path / "bundle"))
+    found = planned(HALF, **small)
+    apply(make_recipe(HALF), Request(out=tmp_path / "bundle", **small))
     macs = found.components[0].cost.totals.macs
     assert macs > 0
     # A cast changes no MAC, so every call costs the same.
     assert sum(stage.macs for stage in found.components[0].stages) == macs * (calls["torch"] + calls["engine"])
 
 
-def test_evidence_and_verification_follow_the_size_limits(dit, monkeypatch):
-    small = planned(HALF, dit).components[0]
-    assert small.passes[0].verification == "executed before and after"
-    assert small.evidence == "numerics and latency"
-    assert small.temporary > 0
+def test_evidence_and_verification_follow_the_size_limits(small, monkeypatch):
+    light = planned(HALF, **small).components[0]
+    assert light.passes[0].verification == "executed before and after"
+    assert light.evidence == "numerics and latency"
+    assert light.temporary > 0
     monkeypatch.setattr("optpass.pipeline.verification.MACS_LIMIT", 1)
-    large = planned(HALF, dit).components[0]
+    large = planned(HALF, **small).components[0]
     assert "--verify always" in large.passes[0].verification
     assert large.evidence.startswith("not collected: too large")
     assert large.temporary == 0
-    assert planned(HALF, dit, verify="always").components[0].evidence == "numerics and latency"
-    assert planned(HALF, dit, verify="never").components[0].evidence == "not collected: switched off"
-    assert planned(HALF, dit, verify="always", baseline=False).components[0].evidence == "numerics"
+    assert planned(HALF, **small, verify="always").components[0].evidence == "numerics and latency"
+    assert planned(HALF, **small, verify="never").components[0].evidence == "not collected: switched off"
+    assert planned(HALF, **small, verify="always", baseline=False).components[0].evidence == "numerics"
 
 
-def test_operators_that_the_target_lacks_are_named_with_their_modules(dit):
-    found = planned({"passes": [{"cast": {"dtype": "bfloat16"}}], "target": "onnxruntime"}, dit)
+def test_operators_that_the_target_lacks_are_named_with_their_modules(small):
+    found = planned({"passes": [{"cast": {"dtype": "bfloat16"}}], "target": "onnxruntime"}, **small)
     assert len(found.refusals) == 1
     assert "cannot take" in found.refusals[0]
     places = {(item.path, item.operator) for item in found.components[0].unsupported}
-    assert ("transformer_blocks.0.attn1.to_q", "linear") in places
+    assert ("body.0", "linear") in places
 
 
-def test_what_an_apply_refuses_a_plan_refuses(dit, tmp_path, monkeypatch):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(dit / "config.json", bare)
-    [reason] = planned(HALF | {"gates": []}, bare).refusals
+def test_what_an_apply_refuses_a_plan_refuses(small, tmp_path, monkeypatch):
+    bare = {**small, "weights": None}
+    [reason] = planned(HALF | {"gates": []}, **bare).refusals
     assert "has no weights" in reason
-    assumed = planned(HALF, bare, assume_weights=True)
+    assumed = planned(HALF, assume_weights=True, **bare)
     assert assumed.refusals == ()
     assert any("assumed" in warning for warning in assumed.warnings)
-    assert assumed.bundle == pytest.approx(planned(HALF, dit).bundle, rel=1e-6)
-    refused = planned(HALF | {"passes": [{"cast": {"dtype": "float16", "keep": ["nowhere.*"]}}]}, dit)
+    assert assumed.bundle == pytest.approx(planned(HALF, **small).bundle, rel=1e-6)
+    refused = planned(HALF | {"passes": [{"cast": {"dtype": "float16", "keep": ["nowhere.*"]}}]}, **small)
     assert refused.components[0].passes[0].status == "refused"
     assert "matches no module" in refused.refusals[0]
-    existing = planned(HALF, dit, out=dit)
+    existing = planned(HALF, **small, out=tmp_path)
     assert "exists" in existing.refusals[0]
-    layout = planned({"passes": [], "target": {"program": {"layout": "transformers"}}}, dit)
+    layout = planned({"passes": [], "target": {"program": {"layout": "transformers"}}}, **small)
     assert "needs a checkpoint of that library" in layout.refusals[0]
-    quality = planned(HALF | {"gates": [{"after": "cast", "metric": "psnr", "min": 3}]}, dit)
+    quality = planned(HALF | {"gates": [{"after": "cast", "metric": "psnr", "min": 3}]}, **small)
     assert "pipeline" in quality.refusals[0]
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    full = planned(HALF, dit, out=tmp_path / "bundle")
+    full = planned(HALF, **small, out=tmp_path / "bundle")
     assert len(full.refusals) == 1
     assert f"no space at {tmp_path}" in full.refusals[0]
 
 
-def test_memory_that_is_not_there_is_a_warning(dit, monkeypatch):
+def test_memory_that_is_not_there_is_a_warning(small, monkeypatch):
     monkeypatch.setattr(planning, "_available_memory", lambda: 1 << 20)
-    found = planned(HALF, dit)
+    found = planned(HALF, **small)
     assert found.refusals == ()
     assert "are available now" in found.warnings[0]
 
@@ -337,10 +361,10 @@ def with_steps(*steps: Step) -> Recipe:
     return replace(make_recipe({"passes": [], "target": "onnxruntime"}), steps=steps)
 
 
-def test_a_pass_that_executes_is_not_run_and_what_follows_says_so(dit, tmp_path):
+def test_a_pass_that_executes_is_not_run_and_what_follows_says_so(small, tmp_path):
     cast = make_recipe(HALF).steps[0]
     found = plan(
-        with_steps(Step("calibrate", Calibrate()), cast, Step("finicky", Finicky())), Request(str(dit), NOWHERE)
+        with_steps(Step("calibrate", Calibrate()), cast, Step("finicky", Finicky())), Request(out=NOWHERE, **small)
     )
     assert found.refusals == ()
     calibrate, second, third = found.components[0].passes
@@ -349,23 +373,21 @@ def test_a_pass_that_executes_is_not_run_and_what_follows_says_so(dit, tmp_path)
     assert second.record is not None
     assert (third.status, third.assumes) == ("not run", ("calibrate",))
     assert "cannot be foreseen" in third.note
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(dit / "config.json", bare)
-    refused = plan(with_steps(Step("calibrate", Calibrate())), Request(str(bare), NOWHERE, structure_only=True))
+    bare = Request(**{**small, "out": NOWHERE, "structure_only": True})
+    refused = plan(with_steps(Step("calibrate", Calibrate())), bare)
     assert "needs weight values" in refused.refusals[0]
 
 
-def test_after_a_refused_pass_nothing_is_reached(dit):
-    found = plan(with_steps(Step("finicky", Finicky()), Step("calibrate", Calibrate())), Request(str(dit), NOWHERE))
+def test_after_a_refused_pass_nothing_is_reached(small):
+    found = plan(with_steps(Step("finicky", Finicky()), Step("calibrate", Calibrate())), Request(out=NOWHERE, **small))
     assert found.refusals == ("pass 'finicky' cannot run: nothing is calibrated",)
     assert [item.status for item in found.components[0].passes] == ["refused", "not reached"]
 
 
-def test_structure_only_takes_a_report_and_no_engine(dit):
-    found = planned(HALF | {"gates": []}, dit, structure_only=True)
+def test_structure_only_takes_a_report_and_no_engine(small):
+    found = planned(HALF | {"gates": []}, **small, structure_only=True)
     assert found.refusals == ()
     assert found.bundle < 1 << 20
     assert found.components[0].footprint is None
-    saved = planned({"passes": [], "target": "program"}, dit, structure_only=True)
+    saved = planned({"passes": [], "target": "program"}, **small, structure_only=True)
     assert saved.bundle < 1 << 20
