@@ -70,9 +70,9 @@ class OnnxRuntime(Target):
     def predict(self, program: Program) -> Footprint:
         """Files: the weights, and for each node its ONNX translation with its module path.
 
-        A session that is loaded to run holds every weight once in the form that its kernels want, in 32 bits;
-        beside it the stored form stays of convolutions and of what was converted from 16 bits. Files above
-        1 GiB are checked without that (:meth:`lower`).
+        A session that is loaded to run holds every weight in the form that its kernels want, in 32 bits; beside
+        it stays the plain form of a convolution's, and the stored form of what was converted from 16 bits. Files
+        above 1 GiB are checked without that (:meth:`lower`).
         """
         parts = [_footprint(graph, program.weights) for graph in program.entries.values()]
         return Footprint(
@@ -185,8 +185,7 @@ def _footprint(graph: Graph, weights: WeightStore) -> Footprint:
     loaded = 0
     for name, expression in read.items():
         wide = expression.numel * max(expression.dtype.itemsize, MACHINE_WORD)
-        stays = name in convolved or wide > expression.nbytes
-        loaded += wide + (expression.nbytes if stays else 0)
+        loaded += wide * (2 if name in convolved else 1) + (expression.nbytes if wide > expression.nbytes else 0)
     largest = max((expression.nbytes for expression in read.values()), default=0)
     return Footprint(
         disk=read.nbytes + sum(NODE_ON_DISK + LETTER_ON_DISK * len(path_of(node)) for node in graph.calls),

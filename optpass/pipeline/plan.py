@@ -68,8 +68,8 @@ NODE, NODE_REWRITTEN = 15 << 10, 25 << 10
 RECORDS = 28 << 10
 """Bytes of manifest, lock file and report, beside what the report says of every site."""
 SITE = 220
-CLIP = 48 << 10
-"""Bytes of a generated sample in the report."""
+CLIP = 5 << 10
+"""Bytes of a generated sample of 8 frames of 32 × 32 pixels in the report."""
 NOWHERE = Path()
 """As ``Request.out``: no bundle is named yet, only the filesystem that it would lie on."""
 

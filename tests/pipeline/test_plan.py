@@ -28,8 +28,8 @@ from optpass.pipeline.recipe import Recipe, Step, find_recipe, load_recipe, make
 from optpass.pipeline.request import Request
 
 TOLERANCE = 0.02
-BAND = (0.65, 1.02)
-"""Measured peak over foreseen peak: a plan may promise too much by half, and hardly too little."""
+BAND = (0.75, 1.0)
+"""Measured peak over foreseen peak: a plan may ask for a third too much, and not for too little."""
 INTERVAL = 0.02
 
 
