@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from optpass.capture.request import Request
 from optpass.errors import UserError, WeightError
 from optpass.interchange.pickled import read_pickled
 from optpass.ir.safetensors_io import read_safetensors
@@ -23,18 +22,6 @@ NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "
 SHOWN = 5
 
 
-def requested_weights(request: Request) -> dict[str, Expression] | None:
-    """The weights that the user gave apart, else those of the folder; ``None`` for structure only.
-
-    Raises:
-        UserError: as :func:`folder_weights`.
-        WeightError: as :func:`folder_weights`.
-    """
-    if request.structure_only:
-        return None
-    return _read(request.weights) if request.weights else folder_weights(request.path)
-
-
 def folder_weights(folder: Path) -> dict[str, Expression] | None:
     """The weights in a model folder; ``None`` when it has no weight file at all.
 
@@ -48,10 +35,15 @@ def folder_weights(folder: Path) -> dict[str, Expression] | None:
     found = weight_file(folder)
     if found is None:
         return None
-    return _read(found)
+    return given_weights(found)
 
 
-def _read(path: Path) -> dict[str, Expression]:
+def given_weights(path: Path) -> dict[str, Expression]:
+    """The weights in a file, or in the shards of an index.
+
+    Raises:
+        UserError, WeightError: as :func:`read_weights` and :func:`read_index`.
+    """
     return read_index(path) if path.suffix == ".json" else read_weights(path)
 
 

@@ -26,7 +26,6 @@ from typing import Any
 
 from torch import nn
 
-from optpass.capture.checkpoint_weights import requested_weights
 from optpass.capture.export import build_fake
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs, inputs_of_example
 from optpass.capture.inputs_timm import timm_inputs
@@ -63,8 +62,7 @@ def capture(request: Request) -> Program:
         build = _function(namespace, request)
         built = build_fake(lambda: _built(build, request), request.dtype)
         inputs = _inputs(namespace, built[0], request)
-        weights = requested_weights(request)
-        return module_program(request, built, inputs, weights, library=request.path.stem, kind="factory")
+        return module_program(request, built, inputs, request.checkpoint, library=request.path.stem, kind="factory")
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from optpass.capture.checkpoint_weights import requested_weights
 from optpass.capture.configs import CONFIG, config_path, model_config
 from optpass.capture.export import build_fake
 from optpass.capture.inputs import given_inputs
@@ -52,7 +51,7 @@ def capture(request: Request) -> Program:
         built = build_fake(lambda: _build(timm, config, path), request.dtype)
     module, _ = built
     inputs = timm_inputs(module) or given_inputs(module, request.sizes)
-    checkpoint = requested_weights(request)
+    checkpoint = request.checkpoint
     if checkpoint is not None:
         checkpoint = _renamed(module, checkpoint)
     return module_program(request, built, inputs, checkpoint, library="timm", config=config)
