@@ -18,8 +18,8 @@ from optpass.interchange.onnx_file import OnnxFacts, untranslatable, write_onnx
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
 from optpass.ir.text import operator_name
-from optpass.ir.weights import dtype_name
-from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target, Unsupported
+from optpass.ir.weights import WeightStore, dtype_name
+from optpass.pipeline.target import COPIES, Footprint, LoweredEntry, Lowering, Runner, Target, Unsupported
 
 SUPPORTED = frozenset(
     {torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
@@ -32,6 +32,13 @@ LEVELS = {
 }
 ERRORS_ONLY = 3
 LARGE = 1 << 30
+EXPORTER = 80 << 20
+"""Memory of ONNX Runtime, of the exporter and of the optimiser, which imports an evaluator."""
+NODE_IN_MEMORY = 25 << 10
+NODE_ON_DISK, LETTER_ON_DISK = 140, 33
+"""Bytes of a node, and for each letter of its module path, which stands in it with those of all modules around."""
+MACHINE_WORD = 4
+CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose", "aten.convolution")
 
 
 class OnnxRuntime(Target):
@@ -63,6 +70,21 @@ class OnnxRuntime(Target):
     def supports(self, program: Program) -> list[Unsupported]:
         """Operators without a translation to ONNX, and dtypes without kernels, by module path."""
         return [found for graph in program.entries.values() for found in _unsupported(graph)]
+
+    def predict(self, program: Program) -> Footprint:
+        """Files: the weights, and for each node its ONNX translation with its module path.
+
+        A session that is loaded to run holds every weight in the form that its kernels want, in 32 bits; beside
+        it stays the plain form of a convolution's, and the stored form of what was converted from 16 bits. Files
+        above 1 GiB are checked without that (:meth:`lower`).
+        """
+        parts = [_footprint(graph, program.weights) for graph in program.entries.values()]
+        return Footprint(
+            disk=sum(part.disk for part in parts),
+            lowering=max(part.lowering for part in parts),
+            checking=max(part.checking for part in parts),
+            loaded=sum(part.loaded for part in parts),
+        )
 
     def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
         """Write ``ENTRY.onnx`` for every entry and load each once.
@@ -167,6 +189,26 @@ class OnnxRuntime(Target):
             )
         gpu = ["CUDAExecutionProvider"] if available and self.providers != "cpu" else []
         return [*gpu, "CPUExecutionProvider"]
+
+
+def _footprint(graph: Graph, weights: WeightStore) -> Footprint:
+    read = weights.restricted(graph.weight_names)
+    convolved = {str(operand.target) for node in graph.calls if _convolves(node) for operand in node.all_input_nodes}
+    loaded = 0
+    for name, expression in read.items():
+        wide = expression.numel * max(expression.dtype.itemsize, MACHINE_WORD)
+        loaded += wide * (2 if name in convolved else 1) + (expression.nbytes if wide > expression.nbytes else 0)
+    largest = max((expression.nbytes for expression in read.values()), default=0)
+    return Footprint(
+        disk=read.nbytes + sum(NODE_ON_DISK + LETTER_ON_DISK * len(path_of(node)) for node in graph.calls),
+        lowering=EXPORTER + NODE_IN_MEMORY * len(graph.calls) + COPIES * largest,
+        checking=0 if read.nbytes > LARGE else loaded,
+        loaded=loaded,
+    )
+
+
+def _convolves(node: Node) -> bool:
+    return str(node.target).startswith(CONVOLUTIONS)
 
 
 def _unsupported(graph: Graph) -> Iterator[Unsupported]:

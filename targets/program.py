@@ -14,10 +14,12 @@ from optpass.errors import MissingValuesError, UserError
 from optpass.interchange.storage import INDEX, WEIGHTS, load_program, save_program
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Shape
-from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target
+from optpass.pipeline.target import COPIES, Footprint, LoweredEntry, Lowering, Runner, Target
 
 WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 SHOWN = 5
+NODE_IN_MEMORY = 10 << 10
+NODE_ON_DISK, WEIGHT_ON_DISK = 1000, 1730
 
 
 class ProgramTarget(Target):
@@ -33,6 +35,23 @@ class ProgramTarget(Target):
     )
 
     structure_only: ClassVar[bool] = True
+
+    def predict(self, program: Program) -> Footprint:
+        """Files: the weights, and for each node and each weight its record in the serialised graph.
+
+        Run by PyTorch, what it wrote stays in the mapped file.
+
+        Raises:
+            UserError: the layout does not fit the Program, as in :meth:`lower`.
+        """
+        if self.layout != "program":
+            self._check_layout(program)
+        weights = program.used_weights()
+        nodes = sum(len(graph.calls) for graph in program.entries.values())
+        disk = weights.nbytes + NODE_ON_DISK * nodes + WEIGHT_ON_DISK * len(weights)
+        largest = max((expression.nbytes for expression in weights.values()), default=0)
+        memory = NODE_IN_MEMORY * nodes + COPIES * largest
+        return Footprint(disk, memory, 0, 0)
 
     def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
         """Save the Program, its weights streamed.
@@ -74,15 +93,10 @@ class ProgramTarget(Target):
 
     def _write_library_folder(self, program: Program, folder: Path) -> tuple[str, dict[str, Any], dict[str, str]]:
         """Configuration and other components; the path of the weights, facts for the manifest, digests of copies."""
-        origin = program.origin
-        if origin.library != self.layout:
-            raise UserError(
-                f"layout: {self.layout} needs a checkpoint of that library, and this one is {origin.kind!r}; "
-                "use layout: program"
-            )
+        self._check_layout(program)
         if not program.has_values:
             raise MissingValuesError(f"layout: {self.layout} needs weight values; this Program is structure-only")
-        _check_unchanged(program)
+        origin = program.origin
         part, digests = folder, {}
         if origin.pipeline:
             from optpass.runtime.components import copy_components
@@ -94,6 +108,15 @@ class ProgramTarget(Target):
         digests.pop((part / "config.json").relative_to(folder).as_posix(), None)
         weights = (part / WEIGHT_FILES[self.layout]).relative_to(folder).as_posix()
         return weights, {"components": "."} if origin.pipeline else {}, digests
+
+    def _check_layout(self, program: Program) -> None:
+        origin = program.origin
+        if origin.library != self.layout:
+            raise UserError(
+                f"layout: {self.layout} needs a checkpoint of that library, and this one is {origin.kind!r}; "
+                "use layout: program"
+            )
+        _check_unchanged(program)
 
     @classmethod
     def load(cls, folder: Path, entry: Mapping[str, Any], options: Mapping[str, Any]) -> Runner:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 
+from optpass.canonical.rewrites import rewrite
 from optpass.capture.binding import bind
 from optpass.capture.inputs import Example
 from optpass.capture.open_sizes import export_open
+from optpass.capture.tracing import data_is_traced, failing_module
 from optpass.errors import UserError
 from optpass.interchange.canonical import canonicalise
 from optpass.ir.dialect import verify
@@ -96,7 +98,7 @@ def export_program(
     ``None`` for a structure-only capture.
 
     Raises:
-        UserError: torch.export refuses the model; the message carries its reason.
+        UserError: torch.export refuses the model; the message carries the module path and the reason.
         WeightError: the checkpoint lacks a weight, or one has another shape.
     """
     example = example if isinstance(example, Example) else Example(example)
@@ -116,7 +118,7 @@ def export_program(
     return program_of(
         exported,
         signature,
-        _aliases(module),
+        tied_names(module),
         constants,
         checkpoint,
         origin,
@@ -130,14 +132,16 @@ def _exported(module: nn.Module, fakes: Mapping[str, Any], example: Example) -> 
     def export(shapes: dict[str, Any] | None) -> ExportedProgram:
         return torch.export.export(module, (), dict(fakes), strict=False, dynamic_shapes=shapes)
 
-    with quiet_export(), torch.no_grad():
+    with quiet_export(), torch.no_grad(), data_is_traced():
         # Under no_grad, a model's own no_grad blocks change nothing and leave no nested graph behind.
         try:
             return export_open(module, example, export) if example.dimensions else (export(None), FIXED)
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"torch.export cannot capture {type(module).__name__}: {first_lines(error)}") from error
+            # Torch's own hint at a line of code ends in the frames of the tracer.
+            where, reason = failing_module(error, module), first_lines(error).partition(" Caused by:")[0]
+            raise UserError(f"torch.export cannot capture {type(module).__name__}: at {where}: {reason}") from error
 
 
 def program_of(
@@ -159,6 +163,7 @@ def program_of(
         WeightError: as :func:`optpass.capture.binding.bind`.
     """
     graph = canonicalise(exported, signature, dimensions)
+    constants = rewrite(graph, constants)
     _merge_tied(graph, aliases, checkpoint or {})
     weights = bind(graph, aliases, constants, checkpoint)
     program = Program({ENTRY: graph}, weights, origin, Loop(ENTRY) if loop else None, dict(ranges or {}))
@@ -174,7 +179,7 @@ def _merge_tied(graph: Graph, aliases: Mapping[str, tuple[str, ...]], checkpoint
             node.target = next((name for name in names if name in checkpoint), names[0])
 
 
-def _aliases(module: nn.Module) -> dict[str, tuple[str, ...]]:
+def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
     """For every parameter and buffer name, all names that the same tensor has (tied weights)."""
     groups: dict[int, list[str]] = {}
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

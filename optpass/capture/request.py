@@ -10,11 +10,12 @@ from typing import Protocol
 
 import torch
 
-from optpass.capture.checkpoint_weights import folder_weights, read_weights
+from optpass.capture.checkpoint_weights import folder_weights, given_weights
 from optpass.capture.precision import PRECISIONS, own_precision
 from optpass.capture.spans import Sizes
 from optpass.errors import UserError, WeightError
 from optpass.ir.program import Program
+from optpass.ir.weights import Expression
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,26 @@ class Request:
         if self.given_dtype is not None:
             return self.given_dtype
         try:
-            weights = read_weights(self.weights) if self.weights else folder_weights(self.path)
+            weights = self._read
         except (UserError, WeightError):
             if self.structure_only:
                 return torch.float32
             raise
         return own_precision((weights or {}).values(), self.floats)
+
+    @property
+    def checkpoint(self) -> dict[str, Expression] | None:
+        """The weights that were given apart, else those of the folder; ``None`` for structure only.
+
+        Raises:
+            UserError: as :func:`optpass.capture.checkpoint_weights.folder_weights`.
+            WeightError: as there.
+        """
+        return None if self.structure_only or self._read is None else dict(self._read)
+
+    @cached_property
+    def _read(self) -> dict[str, Expression] | None:
+        return given_weights(self.weights) if self.weights else folder_weights(self.path)
 
 
 class Source(Protocol):

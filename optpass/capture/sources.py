@@ -15,6 +15,7 @@ from optpass.capture import (
     exported_file,
     factory,
     saved_program,
+    timm_model,
     transformers_model,
 )
 from optpass.capture.precision import PRECISIONS
@@ -30,6 +31,7 @@ KINDS: tuple[Source, ...] = (
     diffusers_pipeline,
     diffusers_model,
     transformers_model,
+    timm_model,
 )
 """Source kinds in the order they are asked; the first that recognises the path captures it."""
 
@@ -52,8 +54,9 @@ def capture(
     ``inputs`` gives sizes by input name; sizes that inputs share (batch, frames) follow. A checkpoint
     without any weight file is captured structure-only, as is one with ``structure_only``. ``weights``
     names a weight file for a source that has none of its own. ``component`` chooses a part of a
-    pipeline folder (default: its denoiser). ``dtype`` is what floating weights are computed in; by default
-    the one dtype that they have in the checkpoint, where it is among ``floats``, else float32.
+    pipeline folder (default: its denoiser), or a module of a model by its path. ``dtype`` is what
+    floating weights are computed in; by default the one dtype that they have in the checkpoint, where it
+    is among ``floats``, else float32.
 
     Raises:
         UserError: no kind of source recognises ``source``, or it cannot be captured.
@@ -116,5 +119,8 @@ def _found_file(path: Path) -> str:
     if path.suffix == ".py":
         return f"name the function that builds the model: {path.name}:function"
     if path.suffix == ".json":
-        return "the config names neither a diffusers class (_class_name) nor a transformers one (model_type)"
+        return (
+            "the config names no diffusers class (_class_name), no transformers one (model_type), "
+            "and no timm one (architecture)"
+        )
     return f"it is a file of type {path.suffix or 'unknown'!r}"

@@ -10,6 +10,7 @@ import ast
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,16 +139,23 @@ def untranslatable(graph: Graph) -> Iterator[Node]:
     """The nodes whose operator the exporter neither translates nor decomposes; reads no weight."""
     import torch
     from torch._decomp import decomposition_table
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    with quiet_onnx():
-        registry = ONNXRegistry.from_torchlib()
+    registry = _translations()
     for node in graph.calls:
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload) or registry.is_registered(target):
             continue
         if target not in decomposition_table and not target._can_decompose():
             yield node
+
+
+@lru_cache(maxsize=1)
+def _translations() -> Any:
+    """The exporter's table of translations, which takes a second to make."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with quiet_onnx():
+        return ONNXRegistry.from_torchlib()
 
 
 def _make_lazy(model: ir.Model, weights: WeightStore, allow_nonfinite: bool) -> None:

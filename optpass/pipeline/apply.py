@@ -87,8 +87,13 @@ def apply(
     return Applied(request.out, report)
 
 
-def _capture(recipe: Recipe, request: Request) -> Program:
-    program = capture(
+def captured(recipe: Recipe, request: Request) -> Program:
+    """The checkpoint as ``recipe`` wants it, its weights lazy; no value is read.
+
+    Raises:
+        UserError: it cannot be captured.
+    """
+    return capture(
         request.checkpoint,
         inputs={**recipe.inputs, **request.inputs},
         structure_only=request.structure_only,
@@ -98,7 +103,10 @@ def _capture(recipe: Recipe, request: Request) -> Program:
         dtype=precision(recipe.dtype),
         floats=type(recipe.target).floats,
     )
-    return identified(program)
+
+
+def _capture(recipe: Recipe, request: Request) -> Program:
+    return identified(captured(recipe, request))
 
 
 def _run(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from optpass.analysis.cost import Cost, Totals
 from optpass.errors import ContractError
 from optpass.evaluate.difference import EQUAL, Difference, program_difference
 from optpass.evaluate.widened import widened
@@ -56,14 +57,24 @@ class Verification:
         return program_difference(*pair, seed=self.seed)
 
     def _skipped(self, event: Event) -> str:
-        if self.mode == "never":
-            return "switched off"
-        if not event.before.has_values:
-            return "captured structure-only"
-        if event.step.record.contract.kind == "retrain":
-            return "new parameters"
         assert event.record is not None
-        totals = event.record.before.totals
-        if self.mode == "auto" and (totals.macs > MACS_LIMIT or totals.weight_bytes > BYTES_LIMIT):
-            return f"{totals.macs / 1e9:,.0f} GMAC and {totals.weight_bytes / 2**30:.1f} GiB; ask with --verify always"
-        return ""
+        return skipped(self.mode, event.step.record.contract, event.record.before, event.before.has_values)
+
+
+def skipped(mode: Mode, contract: Contract, before: Cost, has_values: bool) -> str:
+    """Why a pass with ``contract`` is not verified on a Program that costs ``before``; empty when it is."""
+    if mode == "never":
+        return "switched off"
+    if not has_values:
+        return "captured structure-only"
+    if contract.kind == "retrain":
+        return "new parameters"
+    if mode == "auto" and not is_small(before.totals):
+        totals = before.totals
+        return f"{totals.macs / 1e9:,.0f} GMAC and {totals.weight_bytes / 2**30:.1f} GiB; ask with --verify always"
+    return ""
+
+
+def is_small(totals: Totals) -> bool:
+    """Whether a model is executed without being asked for: 0.2 TMAC a call and 2 GiB of weights at most."""
+    return totals.macs <= MACS_LIMIT and totals.weight_bytes <= BYTES_LIMIT

@@ -215,7 +215,7 @@ class BundleWriter:
         Raises:
             UserError: ``out`` exists and may not be replaced, or nothing can be written there.
         """
-        self._refuse_existing()
+        self.refuse_existing()
         try:
             self._work.make()
         except OSError as error:
@@ -287,7 +287,11 @@ class BundleWriter:
         self._finished = True
         return manifest
 
-    def _refuse_existing(self) -> None:
+    def refuse_existing(self) -> None:
+        """
+        Raises:
+            UserError: ``out`` exists and may not be replaced.
+        """
         if not (self.out.exists() or self.out.is_symlink()):
             return
         if not self.force:
@@ -296,7 +300,7 @@ class BundleWriter:
             raise UserError(f"{self.out} is not a bundle of optpass and will not be replaced; choose another folder")
 
     def _commit(self) -> None:
-        self._refuse_existing()
+        self.refuse_existing()
         if not self.out.exists():
             self.folder.rename(self.out)
             return

@@ -115,7 +115,7 @@ def test_a_saved_unet_computes_what_diffusers_computes(
 
 def sizes_of(config: dict[str, Any], overrides: dict[str, list[int]]) -> dict[str, tuple[int, ...]]:
     arguments = inputs_diffusers.unet_spatio_temporal(config).arguments(overrides, {}, torch.float32)
-    return {name: tuple(value.shape) for name, value in arguments.items()}
+    return {name: tuple(value.shape) for name, value in arguments.arguments.items()}
 
 
 def test_sizes_of_one_input_reach_the_others() -> None:
