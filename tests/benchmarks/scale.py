@@ -93,7 +93,7 @@ def bench_model(model: Model, folder: Path) -> tuple[list[str], list[Bound]]:
 
 def _row(name: str, found: Watched) -> str:
     memory = f"{found.anonymous / GB:.2f} | {found.resident / GB:.2f}"
-    row = f"| {name} | {found.wall:.1f} | {found.cpu:.1f} | {memory} | {found.written / GB:.2f} |"
+    row = f"| {name} | {found.wall:.1f} | {found.cpu:.1f} | {memory} |"
     print(row, file=sys.stderr, flush=True)
     return row
 
@@ -103,8 +103,8 @@ def models(folder: Path) -> tuple[list[str], list[Bound]]:
     lines = [
         "## Checkpoints with weights",
         "",
-        "| | wall s | CPU s | peak anonymous GB | peak resident GB | written GB |",
-        "|---|---|---|---|---|---|",
+        "| | wall s | CPU s | peak anonymous GB | peak resident GB |",
+        "|---|---|---|---|---|",
     ]
     bounds: list[Bound] = []
     for model in MODELS:

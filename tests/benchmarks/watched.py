@@ -43,7 +43,7 @@ def watch(command: Sequence[str], *, cwd: Path | None = None) -> Watched:
             if pid:
                 break
             found = _sample(process.pid)
-            anonymous, resident = max(anonymous, found["RssAnon"]), max(resident, found["VmRSS"])
+            anonymous, resident = max(anonymous, found["RssAnon"]), max(resident, found["VmHWM"])
             read, written = max(read, found["rchar"]), max(written, found["wchar"])
             time.sleep(INTERVAL)
         wall = time.perf_counter() - start
@@ -51,13 +51,13 @@ def watch(command: Sequence[str], *, cwd: Path | None = None) -> Watched:
         if process.returncode:
             output.seek(0)
             raise SystemExit(f"{' '.join(command)}: exit {process.returncode}\n{output.read().decode()[-4000:]}")
-    peak = max(resident, usage.ru_maxrss * 1024)
-    return Watched(wall, usage.ru_utime + usage.ru_stime, anonymous, peak, read, written)
+    # Not ru_maxrss: it counts the parent's own memory at the moment of the fork.
+    return Watched(wall, usage.ru_utime + usage.ru_stime, anonymous, resident, read, written)
 
 
 def _sample(pid: int) -> dict[str, int]:
-    """``RssAnon`` and ``VmRSS`` in bytes, ``rchar`` and ``wchar``; zeros when the process is gone."""
-    found = dict.fromkeys(("RssAnon", "VmRSS", "rchar", "wchar"), 0)
+    """``RssAnon`` and ``VmHWM`` in bytes, ``rchar`` and ``wchar``; zeros when the process is gone."""
+    found = dict.fromkeys(("RssAnon", "VmHWM", "rchar", "wchar"), 0)
     for file, unit in (("status", 1024), ("io", 1)):
         try:
             lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
