@@ -114,7 +114,7 @@ class Inputs:
             UserError: an override names no input, has another rank, or contradicts the model or another override.
         """
         sizes = {**self.sizes, **{k: v for k, v in defaults.items() if k in self.sizes}}
-        given = _named_sizes(self.tensors, overrides, self._named())
+        given = _named_sizes(self.tensors, overrides, self.named)
         spans = {name: size for name, size in given.items() if isinstance(size, Span)}
         self._refuse_open(spans)
         fixed = {name: size for name, size in given.items() if isinstance(size, int)}
@@ -140,8 +140,9 @@ class Inputs:
     def _numbers(self) -> set[str]:
         return {leaf.name for leaf in tree_leaves(dict(self.constants)) if isinstance(leaf, Number)}
 
-    def _named(self) -> set[str]:
-        """The dimensions that some argument has."""
+    @property
+    def named(self) -> set[str]:
+        """The names of the dimensions that some argument has."""
         dims = [dim for tensor in self.tensors.values() for dim in tensor.dims]
         products = {name for dim in dims if isinstance(dim, Product) for name in dim.names}
         return {dim for dim in dims if isinstance(dim, str)} | products | self._numbers()
