@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from optpass.capture.checkpoint_weights import folder_weights, read_weights
 from optpass.capture.configs import config_path, model_config, refuse_remote_code
 from optpass.capture.export import build_fake, export_program
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
 from optpass.capture.request import Request
+from optpass.capture.submodule import submodule
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Expression
@@ -31,6 +31,8 @@ def recognises(request: Request) -> bool:
 def capture(request: Request) -> Program:
     """The model's ``forward``, its weights those of the folder, or absent when it has none.
 
+    ``request.component`` names a submodule that is captured alone.
+
     Raises:
         UserError: the class is unknown, the config does not build it, or it has remote code.
         WeightError: the weights are damaged, or do not fit.
@@ -41,8 +43,7 @@ def capture(request: Request) -> Program:
     model_class = _model_class(config, path)
     with quiet("diffusers", logging.CRITICAL):
         module, mode = build_fake(lambda: _build(model_class, config, path), request.dtype)
-    inputs = _inputs(module, request)
-    checkpoint = None if request.structure_only else _weights(module, request)
+    checkpoint = _weights(module, request)
     origin = Origin(
         kind="diffusers",
         path=request.path.resolve(),
@@ -50,6 +51,9 @@ def capture(request: Request) -> Program:
         class_name=type(module).__name__,
         config=config,
     )
+    if request.component:
+        module, checkpoint, origin = submodule(module, checkpoint, origin, request.component)
+    inputs = _inputs(module, request)
     arguments = inputs.arguments(request.sizes, request.defaults, request.dtype)
     return export_program(module, mode, arguments, checkpoint, origin, ranges=inputs.ranges, loop=request.loop)
 
@@ -99,10 +103,9 @@ def _inputs(module: nn.Module, request: Request) -> Inputs:
     from optpass.capture import inputs_diffusers
 
     assert inputs_diffusers
-    builder = BUILDERS.get(type(module).__name__)
-    if builder is None:
+    builder, config = BUILDERS.get(type(module).__name__), getattr(module, "config", None)
+    if builder is None or config is None:
         return given_inputs(module, request.sizes)
-    config: Any = module.config
     try:
         return builder(config)
     except (KeyError, TypeError, ValueError) as error:
@@ -112,7 +115,7 @@ def _inputs(module: nn.Module, request: Request) -> Inputs:
 
 
 def _weights(module: Any, request: Request) -> dict[str, Expression] | None:
-    found = read_weights(request.weights) if request.weights else folder_weights(request.path)
+    found = request.checkpoint
     if found is not None:
         # Old checkpoints name attention's projections query, key, value; only keys are touched.
         module._fix_state_dict_keys_on_load(found)

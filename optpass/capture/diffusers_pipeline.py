@@ -32,22 +32,32 @@ def recognises(request: Request) -> bool:
 def capture(request: Request) -> Program:
     """The denoiser (or ``request.component``) as a Program that knows its pipeline and its loop.
 
+    A component's own module, ``unet.mid_block``, knows neither.
+
     Raises:
         UserError: the index is damaged, leaves the folder, or has no such component.
         WeightError: the component's weights are damaged, or do not fit.
     """
     index = request.path / PIPELINE_INDEX
     components = _components(read_json(index), request.path, index, request.trust_remote_code)
-    name = _chosen(request, components)
+    name, _, inside = _chosen(request, components).partition(".")
     folder = components[name]
     if config_path(folder) is None:
         raise UserError(f"{index} lists the component {name!r}, but {folder} has no config.json")
-    denoises = name in DENOISERS
-    part = replace(request, path=folder, loop=denoises, defaults={"batch": GUIDED_BATCH} if denoises else {})
+    denoises = name in DENOISERS and not inside
+    part = replace(
+        request,
+        path=folder,
+        component=inside or None,
+        loop=denoises,
+        defaults={"batch": GUIDED_BATCH} if denoises else {},
+    )
     kinds: tuple[Source, ...] = (diffusers_model, transformers_model)
     for kind in kinds:
         if kind.recognises(part):
             program = kind.capture(part)
+            if inside:
+                return program
             origin = replace(program.origin, path=request.path.resolve(), component=name, pipeline=True)
             return replace(program, origin=origin)
     raise UserError(f"{folder}/config.json names neither a diffusers class (_class_name) nor a transformers model_type")
@@ -78,7 +88,7 @@ def _components(index: Mapping[str, Any], folder: Path, path: Path, trust: bool)
 
 def _chosen(request: Request, components: Mapping[str, Path]) -> str:
     if request.component is not None:
-        if request.component not in components:
+        if request.component.partition(".")[0] not in components:
             hint = nearest(request.component, components)
             raise UserError(f"{request.path} has no component {request.component!r}{hint}")
         return request.component

@@ -118,7 +118,7 @@ def export_program(
     return program_of(
         exported,
         signature,
-        _aliases(module),
+        tied_names(module),
         constants,
         checkpoint,
         origin,
@@ -179,7 +179,7 @@ def _merge_tied(graph: Graph, aliases: Mapping[str, tuple[str, ...]], checkpoint
             node.target = next((name for name in names if name in checkpoint), names[0])
 
 
-def _aliases(module: nn.Module) -> dict[str, tuple[str, ...]]:
+def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
     """For every parameter and buffer name, all names that the same tensor has (tied weights)."""
     groups: dict[int, list[str]] = {}
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -14,6 +17,8 @@ Config = Mapping[str, Any]
 
 TEXT_TOKENS = 77
 IMAGE_SIZE = 224
+PIXELS = "pixel_values"
+INTERPOLATE = "interpolate_pos_encoding"
 
 
 def transformers_inputs(module: nn.Module, config: Config) -> Inputs:
@@ -24,7 +29,7 @@ def transformers_inputs(module: nn.Module, config: Config) -> Inputs:
     """
     main = str(getattr(module, "main_input_name", ""))
     constants = {"use_cache": False} if config.get("use_cache") and _takes(module, "use_cache") else {}
-    if main == "pixel_values":
+    if main == PIXELS:
         return images(config, constants)
     if main == "input_ids":
         return texts(config, constants)
@@ -34,15 +39,31 @@ def transformers_inputs(module: nn.Module, config: Config) -> Inputs:
     )
 
 
-def _takes(module: nn.Module, name: str) -> bool:
-    import inspect
+def resampled(inputs: Inputs, module: nn.Module, sizes: Mapping[str, Sequence[Any]]) -> Inputs:
+    """``inputs`` that have a model resample the positions it learned, where ``sizes`` ask for another image size.
 
+    Without being asked (``interpolate_pos_encoding``), such a model refuses every size but its own.
+    """
+    asked = sizes.get(PIXELS)
+    if not asked or not _takes(module, INTERPOLATE) or PIXELS not in inputs.tensors:
+        return inputs
+    learned = [inputs.sizes.get(str(dim), dim) for dim in inputs.tensors[PIXELS].dims[-2:]]
+    if list(asked[-2:]) == learned:
+        return inputs
+    return replace(inputs, constants={**inputs.constants, INTERPOLATE: True})
+
+
+def _takes(module: nn.Module, name: str) -> bool:
     return name in inspect.signature(module.forward).parameters
 
 
 def images(config: Config, constants: Config | None = None) -> Inputs:
-    """``pixel_values``: [batch, channels, height, width], with frames second for video models."""
-    size = config.get("image_size") or IMAGE_SIZE
+    """``pixel_values``: [batch, channels, height, width], with frames second for video models.
+
+    The size is the config's or its backbone's; a model of neither takes any, and gets 224×224.
+    """
+    backbone = config.get("backbone_config") or {}
+    size = config.get("image_size") or backbone.get("image_size") or IMAGE_SIZE
     height, width = (size, size) if isinstance(size, int) else size
     channels = config.get("num_channels") or 3
     sizes = {"batch": 1, "height": height, "width": width}
@@ -50,7 +71,7 @@ def images(config: Config, constants: Config | None = None) -> Inputs:
     if config.get("tubelet_size") or config.get("num_frames"):
         dims = ("batch", "frames", *dims[1:])
         sizes["frames"] = config.get("num_frames") or 16
-    return Inputs({"pixel_values": Input(dims)}, sizes, constants or {})
+    return Inputs({PIXELS: Input(dims)}, sizes, constants or {})
 
 
 def texts(config: Config, constants: Config | None = None) -> Inputs:
@@ -65,3 +86,27 @@ def image_and_text(config: Config) -> Inputs:
     """Contrastive pairs: as many texts as images."""
     text, picture = texts(config["text_config"]), images(config["vision_config"])
     return Inputs({**text.tensors, **picture.tensors}, {**text.sizes, **picture.sizes})
+
+
+@input_builder("Sam2VideoMemoryAttention")
+def memory_attention(config: Config) -> Inputs:
+    """SAM 2's features of a frame, as many tokens as its positions, and a memory of earlier frames and objects.
+
+    Tensors are [tokens, batch, channels]. ``memory`` counts the tokens of whole frames, and of the object
+    pointers behind them, which have no position.
+    """
+    tokens, hidden = prod(config["memory_attention_rope_feat_sizes"]), config["memory_attention_hidden_size"]
+    channels = config["memory_encoder_output_channels"]
+    pointers = config["max_object_pointers_in_encoder"] * (hidden // channels)
+    frame, memory = Input((tokens, "batch", hidden)), Input(("memory", "batch", channels))
+    return Inputs(
+        {
+            "current_vision_features": frame,
+            "memory": memory,
+            "current_vision_position_embeddings": frame,
+            # The library's own spelling.
+            "memory_posision_embeddings": memory,
+        },
+        {"batch": 1, "memory": config["num_maskmem"] * tokens + pointers},
+        {"num_object_pointer_tokens": pointers},
+    )

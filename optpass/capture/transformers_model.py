@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from optpass.capture.checkpoint_weights import folder_weights, read_weights
 from optpass.capture.configs import config_path, model_config, refuse_remote_code
 from optpass.capture.export import build_fake, export_program
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
 from optpass.capture.request import Request
+from optpass.capture.submodule import submodule
+from optpass.capture.transformers_weights import module_weights
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Expression
@@ -31,6 +32,8 @@ def recognises(request: Request) -> bool:
 def capture(request: Request) -> Program:
     """The first of the config's ``architectures``, its weights those of the folder, or absent when it has none.
 
+    ``request.component`` names a submodule that is captured alone.
+
     Raises:
         UserError: the model type or class is unknown, the config does not build it, or it has remote code.
         WeightError: the weights are damaged, or do not fit.
@@ -41,8 +44,7 @@ def capture(request: Request) -> Program:
     with quiet("transformers", logging.CRITICAL):
         config = _config(raw, path, request.trust_remote_code)
         module, mode = build_fake(lambda: _build(config, raw, path, request.trust_remote_code), request.dtype)
-        checkpoint = None if request.structure_only else _weights(module, request)
-    inputs = _inputs(module, config.to_dict(), request)
+        checkpoint = _weights(module, request)
     origin = Origin(
         kind="transformers",
         path=request.path.resolve(),
@@ -50,6 +52,9 @@ def capture(request: Request) -> Program:
         class_name=type(module).__name__,
         config=raw,
     )
+    if request.component:
+        module, checkpoint, origin = submodule(module, checkpoint, origin, request.component)
+    inputs = _inputs(module, getattr(module, "config", config).to_dict(), request)
     arguments = inputs.arguments(request.sizes, request.defaults, request.dtype)
     return export_program(module, mode, arguments, checkpoint, origin, ranges=inputs.ranges, loop=request.loop)
 
@@ -95,11 +100,12 @@ def _architecture(name: str, path: Path) -> Any:
 
 
 def _inputs(module: nn.Module, config: Mapping[str, Any], request: Request) -> Inputs:
-    from optpass.capture.inputs_transformers import transformers_inputs
+    from optpass.capture.inputs_transformers import resampled, transformers_inputs
 
     builder = BUILDERS.get(type(module).__name__)
     try:
-        return builder(config) if builder else transformers_inputs(module, config)
+        inputs = builder(config) if builder else transformers_inputs(module, config)
+        return resampled(inputs, module, request.sizes)
     except UserError:
         if not request.sizes:
             raise
@@ -107,30 +113,5 @@ def _inputs(module: nn.Module, config: Mapping[str, Any], request: Request) -> I
 
 
 def _weights(module: Any, request: Request) -> dict[str, Expression] | None:
-    found = read_weights(request.weights) if request.weights else folder_weights(request.path)
-    return None if found is None else _renamed(module, found)
-
-
-def _renamed(module: Any, found: Mapping[str, Expression]) -> dict[str, Expression]:
-    """Checkpoint names → the module's names, by transformers' own table.
-
-    Raises:
-        UserError: transformers would also compute on the values (fused experts …), which is not lazy.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(module)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    wanted = dict(module.state_dict())
-    renamed: dict[str, Expression] = {}
-    for name in sorted(found):
-        target, converted = rename_source_key(name, renamings, converters, module.base_model_prefix, wanted)
-        if converted is not None:
-            raise UserError(
-                f"transformers computes {target!r} from {name!r} when it loads this checkpoint, which lazy weights "
-                "cannot; give the model as path/to/file.py:function with weights under the module's own names"
-            )
-        renamed[target] = found[name]
-    return renamed
+    found = request.checkpoint
+    return None if found is None else module_weights(module, found)

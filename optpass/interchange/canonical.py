@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from optpass.errors import UserError
+from optpass.interchange.inplace import make_functional
 from optpass.ir.dialect import ALIASES, CASTS, EXPANSIONS, IDENTITIES, is_assertion, is_inplace
 from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import PATH, Graph
@@ -32,6 +33,7 @@ def canonicalise(exported: ExportedProgram, signature: Signature, dimensions: Di
     Raises:
         UserError: the model mutates its inputs or buffers, or keeps an operator outside the dialect.
     """
+    make_functional(exported.graph)
     if any(map(_needs_functionalising, exported.graph.nodes)):
         # An empty table decomposes nothing; what remains of run_decompositions is functionalisation,
         # and the inlining of autocast and no_grad blocks.

@@ -16,7 +16,8 @@ class Case:
     """A row of the table.
 
     ``config`` is a small ``config.json``, run with random weights; ``factory`` makes the small model
-    where a library has none. ``inputs`` are the sizes of the small example, never square. ``full`` is
+    where a library has none. ``component`` is the path of the module that is captured instead of the whole
+    model. ``inputs`` are the sizes of the small example, never square. ``full`` is
     the published configuration, captured structure-only at ``full_inputs`` (``None`` where the small one
     says all), and ``published`` the parameters that its authors count. ``dynamic`` names the dimensions
     (as the input builder calls them) that work dynamic from capture to engine. ``limits`` has, for a
@@ -30,6 +31,7 @@ class Case:
     full: Mapping[str, Any] | None = None
     full_inputs: Sizes = field(default_factory=dict)
     factory: Callable[[], nn.Module] | None = None
+    component: str = ""
     limits: Mapping[str, str] = field(default_factory=dict)
     rtol: float = 1e-4
     published: float | None = None

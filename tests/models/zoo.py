@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from case import Case
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from optpass.analysis.cost import measure
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
 from optpass.capture.sources import capture
 from optpass.capture.spans import Span
+from optpass.capture.timm_import import timm_importable
 from optpass.errors import OptpassError
 from optpass.evaluate.difference import outputs_difference, program_runner, random_inputs
 from optpass.ir.dialect import verify_shapes
@@ -75,6 +77,7 @@ def run(case: Case, folder: Path) -> Facts:
     facts = Facts(case.name)
     model = small_model(case)
     source, options = saved(case, model, folder / "model")
+    model = model.get_submodule(case.component)
     try:
         with facts.stage("capture"):
             program = capture(source, inputs=case.inputs, **options)
@@ -104,6 +107,7 @@ def run_dynamic(case: Case, folder: Path) -> Facts:
     facts = Facts(case.name)
     model = small_model(case)
     source, options = saved(case, model, folder / "model")
+    model = model.get_submodule(case.component)
     declared = inputs_of(case, model)
     opens = {f"dynamic:{name}": [name] for name in limited(case)} | ({"dynamic": case.dynamic} if case.dynamic else {})
     for stage, names in opens.items():
@@ -177,6 +181,8 @@ def _built(case: Case) -> nn.Module:
 
         model: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
         return model
+    if "architecture" in config:
+        return timm_model(config)
     import transformers
 
     built: nn.Module = getattr(transformers, config["architectures"][0])(
@@ -185,11 +191,25 @@ def _built(case: Case) -> nn.Module:
     return built
 
 
+def timm_model(config: Mapping[str, Any]) -> nn.Module:
+    """What timm builds from the arguments that ``config`` records."""
+    with timm_importable():
+        timm = pytest.importorskip("timm", reason="timm is an optional extra")
+    arguments = {**config.get("model_args", {}), "pretrained_cfg": config.get("pretrained_cfg")}
+    model: nn.Module = timm.create_model(config["architecture"], num_classes=config["num_classes"], **arguments)
+    return model
+
+
 def saved(case: Case, model: Any, folder: Path) -> tuple[str, dict[str, Any]]:
     """The model as a checkpoint that its library writes: the source for ``capture`` and its options."""
+    if "architecture" in case.config:
+        from timm.models import save_for_hf
+
+        save_for_hf(model, folder, safe_serialization=True)
+        return str(folder), {}
     if case.factory is None:
         model.save_pretrained(folder)
-        return str(folder), {}
+        return str(folder), {"component": case.component} if case.component else {}
     from safetensors.torch import save_model
 
     folder.mkdir()
