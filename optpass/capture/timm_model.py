@@ -64,8 +64,11 @@ def _timm(path: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise UserError(f"timm, which {path} needs, does not load: {error}") from error
-        message = f"{path} is a timm model, and timm is not installed: pip install 'optpass[timm]'"
-        raise UserError(message) from error
+        # A torchvision from the registry loads beside no CPU build of torch, and then diffusers fails with it.
+        raise UserError(
+            f"{path} is a timm model, and timm is not installed: pip install 'optpass[timm]', "
+            "or, beside a torch without CUDA, pip install --no-deps timm"
+        ) from error
     found: ModuleType = timm
     return found
 

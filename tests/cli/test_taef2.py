@@ -68,7 +68,7 @@ def test_the_engine_decodes_as_eager_does_at_any_size(bundle, eager, sizes):
 
 
 def test_a_size_outside_the_declared_range_is_refused_by_name(bundle):
-    with pytest.raises(UserError, match=r"latents.*height|height.*latents|latents\[2\]"):
+    with pytest.raises(UserError, match=r"latents\[2\] is 40, and the engine was built for 4\.\.32"):
         library.load(bundle.folder)(latents(1, 40, 8))
 
 
