@@ -96,6 +96,15 @@ def test_weights_come_from_a_file(
     assert program.origin.kind == "factory"
 
 
+def test_the_example_follows_the_dtype_of_the_weights(code: Path, tmp_path: Path, random_weights: Any) -> None:
+    halves = {name: tensor.half() for name, tensor in net(code, random_weights).state_dict().items()}
+    torch.save(halves, tmp_path / "net.pth")
+    specs = capture(f"{code}:net", weights=tmp_path / "net.pth").entries["full"].inputs
+    assert {spec.name: spec.dtype for spec in specs} == {"tokens": torch.int64, "scale": torch.float16}
+    wide = capture(f"{code}:net", weights=tmp_path / "net.pth", dtype=torch.float32).entries["full"].inputs
+    assert {spec.name: spec.dtype for spec in wide} == {"tokens": torch.int64, "scale": torch.float32}
+
+
 @pytest.mark.parametrize("function", ["net", "other", "nested"])
 def test_example_inputs_come_from_the_file(code: Path, function: str) -> None:
     program = capture(f"{code}:{function}")
