@@ -54,7 +54,9 @@ def recognises(request: Request) -> bool:
 
 
 def capture(request: Request) -> Program:
-    """What the factory returns; structure only without ``request.weights``.
+    """What the factory returns, or the module in it that ``request.component`` names.
+
+    Structure only without ``request.weights``.
 
     Raises:
         UserError: the file or function is missing or fails, or returns no module.
@@ -63,8 +65,14 @@ def capture(request: Request) -> Program:
     with timm_importable(), _loaded(request.path) as namespace:
         build = _function(namespace, request)
         built = build_fake(lambda: _built(build, request), request.dtype)
-        inputs = _inputs(namespace, built[0], request)
-        return module_program(request, built, inputs, request.checkpoint, library=request.path.stem, kind="factory")
+        return module_program(
+            request,
+            built,
+            lambda module: _inputs(namespace, module, request),
+            request.checkpoint,
+            library=request.path.stem,
+            kind="factory",
+        )
 
 
 @contextmanager
@@ -111,7 +119,7 @@ def _built(build: Any, request: Request) -> nn.Module:
 
 def _inputs(namespace: ModuleType, module: nn.Module, request: Request) -> Inputs:
     example = getattr(namespace, f"{request.function}_inputs", None) or getattr(namespace, EXAMPLE, None)
-    if example is not None:
+    if example is not None and not request.component:
         with default_dtype(request.dtype):
             values = example() if callable(example) else example
         return inputs_of_example(_named(values, module, request))

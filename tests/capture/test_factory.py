@@ -124,6 +124,17 @@ def test_a_new_batch_size_reaches_the_other_inputs(code: Path) -> None:
     assert {spec.name: spec.shape for spec in specs} == {"tokens": (7, 3), "scale": (7, 1)}
 
 
+def test_one_module_of_the_factorys_model_is_captured_alone(
+    code: Path, tmp_path: Path, random_weights: Any, assert_same_function: Any
+) -> None:
+    module = net(code, random_weights)
+    save_file(module.state_dict(), tmp_path / "net.safetensors")
+    options = {"weights": tmp_path / "net.safetensors", "inputs": {"input": [2, 4]}}
+    assert_same_function(capture(f"{code}:net", component="head", **options), module.head)
+    with pytest.raises(UserError, match="Net has no module 'haed'; did you mean 'head'"):
+        capture(f"{code}:net", component="haed", **options)
+
+
 def test_sizes_alone_serve_as_an_example(plain: Path) -> None:
     assert capture(f"{plain}:conv", inputs={"input": [1, 3, 8, 6]}).entries["full"].outputs[0].shape == (1, 4, 6, 4)
 

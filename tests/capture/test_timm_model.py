@@ -62,6 +62,13 @@ def test_sizes_come_from_the_config_and_are_free_where_timm_says_so(tmp_path: Pa
     assert capture(tmp_path, inputs={"x": [2, 3, 64, 96]}).entries["full"].outputs[0].shape == (2, 5)
 
 
+def test_one_module_is_captured_alone(tmp_path: Path, random_weights: Any, assert_same_function: Any) -> None:
+    model = saved("resnet18", tmp_path, random_weights, **RESNET)
+    program = capture(tmp_path, component="layer2.0", inputs={"x": [2, 64, 6, 8]})
+    assert_same_function(program, model.layer2[0])
+    assert program.origin.kind == "module of timm"
+
+
 def test_the_size_of_position_embeddings_is_fixed(tmp_path: Path, random_weights: Any) -> None:
     saved("vit_tiny_patch16_224", tmp_path, random_weights, **VIT)
     assert capture(tmp_path, inputs={"x": [2, 3, 32, 48]}).entries["full"].inputs[0].shape == (2, 3, 32, 48)
