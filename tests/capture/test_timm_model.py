@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -16,8 +17,7 @@ from optpass.capture.timm_import import timm_importable
 from optpass.errors import UserError, WeightError
 from optpass.ir.dialect import verify_shapes
 
-with timm_importable():
-    timm = pytest.importorskip("timm", reason="timm is an optional extra")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is an optional extra")
 
 VIT = {"img_size": [32, 48], "depth": 2, "embed_dim": 48, "num_heads": 3}
 RESNET = {"layers": [1, 1, 1, 1]}
@@ -26,6 +26,8 @@ WEIGHTS = "model.safetensors"
 
 
 def saved(name: str, folder: Path, random_weights: Any, **model_args: Any) -> Any:
+    with timm_importable():
+        import timm
     from timm.models import save_for_hf
 
     model = random_weights(timm.create_model(name, num_classes=5, **model_args))
