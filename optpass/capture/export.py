@@ -36,16 +36,22 @@ def build_fake(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float3
     Buffers stay real because their values come from code, not from the checkpoint (position ids,
     rotary frequencies). ``dtype`` is the parameters' dtype at construction.
     """
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with _parameters_on_meta(), torch.no_grad():
-            module = build().eval()
-    finally:
-        torch.set_default_dtype(previous)
+    with default_dtype(dtype), _parameters_on_meta(), torch.no_grad():
+        module = build().eval()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _fake_parameters(module, mode)
     return module, mode
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Floating tensors that are made without a dtype have this one."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
 
 
 @contextmanager
