@@ -147,6 +147,7 @@ def plan(
     inputs: Inputs = None,
     weights: Weights = None,
     component: Component = None,
+    dtype: Dtype = None,
     assume_weights: Annotated[
         bool, typer.Option("--assume-weights", help="Plan as though a checkpoint without weights had them.")
     ] = False,
@@ -179,6 +180,7 @@ def plan(
         inputs=parse_inputs(inputs or []),
         weights=weights,
         component=component,
+        dtype=dtype,
         structure_only=structure_only,
         force=force,
         verify=verify,  # type: ignore[arg-type]
