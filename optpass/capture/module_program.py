@@ -26,7 +26,7 @@ def module_program(
     kind: str = "",
     config: Mapping[str, Any] | None = None,
 ) -> Program:
-    """Export what :func:`optpass.capture.export.build_fake` built, or the module in it that ``request.component`` names.
+    """Export what :func:`optpass.capture.export.build_fake` built, or the module in it at ``request.component``.
 
     ``inputs`` says what the exported module takes; the sizes are the request's. ``checkpoint`` is ``None``
     for a structure-only capture. The Program's origin is of ``kind`` (default: the library's name).
