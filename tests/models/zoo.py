@@ -79,7 +79,7 @@ def run(case: Case, folder: Path) -> Facts:
             program = capture(source, inputs=case.inputs, **options)
         graph = program.entries[ENTRY]
         facts.nodes, facts.parameters = len(graph.calls), measure(program).totals.parameters
-        tensors = random_inputs(graph.inputs, program.ranges, seed=1)
+        tensors = random_inputs(graph.inputs_at(), program.ranges, seed=1)
         expected = eager(program, model, tensors)
         with facts.stage("program"):
             verify_shapes(program)
@@ -145,7 +145,7 @@ def engine_of(
     signature = program.entries[ENTRY].signature
     record = {"engine": entry.main, "outputs": [spec.as_json() for spec in entry.outputs]}
     runner = OnnxRuntime.load(folder, record, {"threads": 1})
-    module = EngineModule(signature, entry.inputs, entry.outputs, runner)
+    module = EngineModule(signature, entry.inputs, entry.outputs, runner, dimensions=program.entries[ENTRY].dimensions)
     return lambda tensors: signature.output.flatten(module(**signature.arguments.unflatten(tensors)))
 
 
