@@ -21,6 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	# timm asks for torchvision, whose wheel loads on no CPU build of torch; nothing of ours needs it.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $(STAMP)
 
 demo: $(STAMP)  ## A trained video-diffusion checkpoint becomes an ONNX Runtime engine, with a report

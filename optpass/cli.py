@@ -46,6 +46,12 @@ Component = Annotated[
         "--component", help="A component of a pipeline folder (default: its denoiser), or a module of a model."
     ),
 ]
+Dtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--dtype", metavar="auto|float32|float16|bfloat16", help="Capture in this dtype; auto is the checkpoint's own."
+    ),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")]
 StructureOnly = Annotated[
     bool, typer.Option("--structure-only", help="Read no weights: costs and the report, no engine.")
@@ -65,6 +71,7 @@ def apply(
     inputs: Inputs = None,
     weights: Weights = None,
     component: Component = None,
+    dtype: Dtype = None,
     structure_only: StructureOnly = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing bundle, once the new one is finished.")
@@ -104,6 +111,7 @@ def apply(
         inputs=parse_inputs(inputs or []),
         weights=weights,
         component=component,
+        dtype=dtype,
         structure_only=structure_only,
         force=force,
         verify=verify,  # type: ignore[arg-type]
@@ -124,11 +132,79 @@ def apply(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of an installed recipe.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, .pt2, or file.py:function; a config.json alone will do.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("-o", "--out", help="Where the bundle would go; its disk is looked at."),
+    ] = None,
+    target: Annotated[Optional[str], typer.Option("--target", help="Instead of the recipe's.")] = None,  # noqa: UP045
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Override an option of a pass or the target."),
+    ] = None,
+    inputs: Inputs = None,
+    weights: Weights = None,
+    component: Component = None,
+    assume_weights: Annotated[
+        bool, typer.Option("--assume-weights", help="Plan as though a checkpoint without weights had them.")
+    ] = False,
+    structure_only: StructureOnly = False,
+    force: Annotated[bool, typer.Option("--force", help="The bundle would replace an existing one.")] = False,
+    verify: Annotated[str, typer.Option(help="As the apply would be given it: auto, always, never.")] = "auto",
+    baseline: Annotated[bool, typer.Option(help="As the apply would be given it.")] = True,
+    samples: Annotated[int, typer.Option(min=0, help="As the apply would be given it.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="As the apply would be given it.")] = 20,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Foresee what `apply` would do and take, without executing the model or reading a weight.
+
+    Costs after each pass, memory, disk, bytes read, what the target lacks, which passes need data or training.
+    Exit 0: the recipe would go through. Exit 2: it would be refused, for the reasons shown.
+    """
+    from optpass.console_plan import show_plan
+    from optpass.pipeline.plan import NOWHERE
+    from optpass.pipeline.plan import plan as plan_recipe
+    from optpass.pipeline.recipe import find_recipe, load_recipe
+    from optpass.pipeline.request import Request
+
+    _one_of("--verify", verify, ("auto", "always", "never"))
+    loaded = load_recipe(find_recipe(recipe), overrides=parse_settings(settings or []), target=target)
+    request = Request(
+        checkpoint=checkpoint,
+        out=out or NOWHERE,
+        inputs=parse_inputs(inputs or []),
+        weights=weights,
+        component=component,
+        structure_only=structure_only,
+        force=force,
+        verify=verify,  # type: ignore[arg-type]
+        baseline=baseline,
+        samples=samples,
+        steps=steps,
+        trust_remote_code=trust_remote_code,
+        command=shlex.join(["optpass", *sys.argv[1:]]),
+    )
+    with console.progress_display() as progress:
+        found = plan_recipe(loaded, request, assume_weights=assume_weights, progress=progress)
+    if as_json:
+        console.print_json(found.as_json())
+    else:
+        show_plan(found.as_json())
+    if found.refusals:
+        raise typer.Exit(UserError.exit_code)
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Folder, .pt2, or file.py:function.")],
     inputs: Inputs = None,
     weights: Weights = None,
     component: Component = None,
+    dtype: Dtype = None,
     depth: Annotated[int, typer.Option(min=1, help="Levels of the module table.")] = 2,
     text: Annotated[bool, typer.Option("--text", help="Print the graph in the text form of the IR.")] = False,
     trust_remote_code: Trust = False,
@@ -144,6 +220,7 @@ def inspect(
             inputs=parse_inputs(inputs or []),
             weights=weights,
             component=component,
+            dtype=dtype or "auto",
             depth=depth,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -174,6 +251,7 @@ def _print_inspection(facts: dict[str, Any]) -> None:
         console.out.print(console.cost_table("module", entry["by_module"]))
         console.out.print()
         console.out.print(console.cost_table("operator", entry["by_operator"]))
+        console.uncounted(entry["uncounted"])
     console.out.print("\n1 MAC = 2 FLOP; linear, convolution, matmul and attention are counted", style="dim")
 
 

@@ -98,6 +98,14 @@ def cost_table(noun: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
     return table("", (noun, *(titles[key] for key in columns)), cells)
 
 
+def uncounted(operators: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the MACs leave out for want of a rule, if anything, with the first places."""
+    for name, found in operators.items():
+        places = ", ".join(found["paths"]) + (", …" if found["count"] > len(found["paths"]) else "")
+        line = f"not counted: {name} ({found['count']} times: {places}) has no MAC rule and may multiply"
+        out.print(line, style="yellow", markup=False)
+
+
 TOTALS_HEADERS = ("", "parameters", "MACs", "in attention", "weights", "activations")
 
 
@@ -109,7 +117,7 @@ def report_summary(report: Mapping[str, Any], folder: str) -> None:
     for item in report["passes"]:
         if item.get("verified"):
             out.print(f"  {escape(item['name'])}: {item['contract']}, {escape(item['verified'])}")
-        for reason, count in _reasons(item["declined"]).items():
+        for reason, count in reasons(item["declined"]).items():
             out.print(f"  {escape(item['name'])} declined {count}: {escape(reason)}")
     for line in _evidence_lines(report):
         out.print(f"  {line}")
@@ -121,11 +129,12 @@ def _pass_label(item: Mapping[str, Any]) -> str:
     return f"{item['name']} ({item['sites']} sites)" if item["modified"] else f"{item['name']} (unmodified)"
 
 
-def _reasons(declined: Sequence[Mapping[str, str]]) -> dict[str, int]:
-    reasons: dict[str, int] = {}
+def reasons(declined: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    """How often each reason stands in a pass's ``declined``."""
+    counts: dict[str, int] = {}
     for item in declined:
-        reasons[item["reason"]] = reasons.get(item["reason"], 0) + 1
-    return reasons
+        counts[item["reason"]] = counts.get(item["reason"], 0) + 1
+    return counts
 
 
 def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optpass.analysis.cost import measure
+from optpass.capture.precision import AUTO, precision
 from optpass.capture.sources import capture
 from optpass.capture.spans import Sizes
 from optpass.ir.program import Program
@@ -20,6 +21,7 @@ def inspect_program(
     component: str | None = None,
     depth: int = 2,
     trust_remote_code: bool = False,
+    dtype: str = AUTO,
     progress: Callable[[str, float], None] = lambda stage, fraction: None,
 ) -> tuple[Program, dict[str, Any]]:
     """Capture ``checkpoint`` structure-only where possible and measure it; executes nothing.
@@ -29,7 +31,12 @@ def inspect_program(
     """
     progress("capture", 0.0)
     program = capture(
-        checkpoint, inputs=inputs, weights=weights, component=component, trust_remote_code=trust_remote_code
+        checkpoint,
+        inputs=inputs,
+        weights=weights,
+        component=component,
+        trust_remote_code=trust_remote_code,
+        dtype=precision(dtype),
     )
     progress("capture", 1.0)
     cost = measure(program)

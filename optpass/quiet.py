@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
+
+TELLERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+"""Loggers that print, at length, what the error that follows says."""
 
 
 @contextmanager
@@ -31,7 +34,11 @@ def quiet_export() -> Iterator[None]:
     previous = torch.fx.config.do_not_emit_stack_traces
     torch.fx.config.do_not_emit_stack_traces = True
     try:
-        with quiet("torch.export"), warnings.catch_warnings():
+        with ExitStack() as stack:
+            stack.enter_context(quiet("torch.export"))
+            for teller in TELLERS:
+                stack.enter_context(quiet(teller, logging.CRITICAL))
+            stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,12 +13,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from optpass.errors import MissingValuesError, UserError
-from optpass.interchange.onnx_file import untranslatable, write_onnx
+from optpass.interchange.external_data import ExternalData
+from optpass.interchange.onnx_file import OnnxFacts, untranslatable, write_onnx
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
 from optpass.ir.text import operator_name
-from optpass.ir.weights import dtype_name
-from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target, Unsupported
+from optpass.ir.weights import WeightStore, dtype_name
+from optpass.pipeline.target import COPIES, Footprint, LoweredEntry, Lowering, Runner, Target, Unsupported
 
 SUPPORTED = frozenset(
     {torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
@@ -30,12 +32,20 @@ LEVELS = {
 }
 ERRORS_ONLY = 3
 LARGE = 1 << 30
+EXPORTER = 80 << 20
+"""Memory of ONNX Runtime, of the exporter and of the optimiser, which imports an evaluator."""
+NODE_IN_MEMORY = 25 << 10
+NODE_ON_DISK, LETTER_ON_DISK = 140, 33
+"""Bytes of a node, and for each letter of its module path, which stands in it with those of all modules around."""
+MACHINE_WORD = 4
+CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose", "aten.convolution")
 
 
 class OnnxRuntime(Target):
     """ONNX files with external data, one per entry, run by ONNX Runtime.
 
-    fp32 and fp16 graphs run on every provider (the CPU computes fp16 in fp32). bf16, fp64 and complex
+    fp32 and fp16 graphs run on every provider (the CPU computes fp16 in fp32, which takes longer than fp32
+    weights do; ``--dtype float32`` trades size for that). bf16, fp64 and complex
     graphs are refused: its CPU kernels for convolution and matrix products lack them.
     """
 
@@ -53,6 +63,7 @@ class OnnxRuntime(Target):
         True, description="threads wait busily between the operators of a call (faster, never after it)"
     )
 
+    floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
     extra: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
@@ -60,9 +71,25 @@ class OnnxRuntime(Target):
         """Operators without a translation to ONNX, and dtypes without kernels, by module path."""
         return [found for graph in program.entries.values() for found in _unsupported(graph)]
 
-    def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
-        """Write ``ENTRY.onnx`` and ``ENTRY.onnx.data`` for every entry, and load each once.
+    def predict(self, program: Program) -> Footprint:
+        """Files: the weights, and for each node its ONNX translation with its module path.
 
+        A session that is loaded to run holds every weight in the form that its kernels want, in 32 bits; beside
+        it stays the plain form of a convolution's, and the stored form of what was converted from 16 bits. Files
+        above 1 GiB are checked without that (:meth:`lower`).
+        """
+        parts = [_footprint(graph, program.weights) for graph in program.entries.values()]
+        return Footprint(
+            disk=sum(part.disk for part in parts),
+            lowering=max(part.lowering for part in parts),
+            checking=max(part.checking for part in parts),
+            loaded=sum(part.loaded for part in parts),
+        )
+
+    def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
+        """Write ``ENTRY.onnx`` for every entry and load each once.
+
+        The weights of one entry go to ``ENTRY.onnx.data``; several entries share ``weights.onnx.data``.
         Files above 1 GiB are loaded without ONNX Runtime's own optimisations, which would copy the weights.
 
         Raises:
@@ -71,19 +98,26 @@ class OnnxRuntime(Target):
         """
         if not program.has_values:
             raise MissingValuesError("ONNX engines need weight values; the checkpoint was captured structure-only")
-        return {name: self._lower_entry(name, graph, program, lowering) for name, graph in program.entries.items()}
+        names = list(program.entries)
+        path = lowering.folder / f"{names[0] if len(names) == 1 else 'weights'}.onnx.data"
+        with ExternalData(path, allow_nonfinite=lowering.allow_nonfinite) as data:
+            facts = {name: self._write(name, program, lowering, data) for name in names}
+        lowered = {name: self._lowered(name, program, lowering, fact) for name, fact in facts.items()}
+        return {name: replace(entry, digests=data.digests) for name, entry in lowered.items()}
 
-    def _lower_entry(self, name: str, graph: Graph, program: Program, lowering: Lowering) -> LoweredEntry:
-        path = lowering.folder / f"{name}.onnx"
-        facts = write_onnx(
-            graph,
+    def _write(self, name: str, program: Program, lowering: Lowering, data: ExternalData) -> OnnxFacts:
+        return write_onnx(
+            program.entries[name],
             program.weights,
-            path,
+            lowering.folder / f"{name}.onnx",
+            data,
             opset=self.opset,
             optimize=self.optimize,
-            allow_nonfinite=lowering.allow_nonfinite,
             progress=lowering.progress,
         )
+
+    def _lowered(self, name: str, program: Program, lowering: Lowering, facts: OnnxFacts) -> LoweredEntry:
+        graph, path = program.entries[name], lowering.folder / f"{name}.onnx"
         lowering.progress("load the engine", 0.0)
         # Loaded to run, an engine holds every weight once more, packed for its kernels.
         session = self._session(path, light=facts.bytes > LARGE)
@@ -155,6 +189,26 @@ class OnnxRuntime(Target):
             )
         gpu = ["CUDAExecutionProvider"] if available and self.providers != "cpu" else []
         return [*gpu, "CPUExecutionProvider"]
+
+
+def _footprint(graph: Graph, weights: WeightStore) -> Footprint:
+    read = weights.restricted(graph.weight_names)
+    convolved = {str(operand.target) for node in graph.calls if _convolves(node) for operand in node.all_input_nodes}
+    loaded = 0
+    for name, expression in read.items():
+        wide = expression.numel * max(expression.dtype.itemsize, MACHINE_WORD)
+        loaded += wide * (2 if name in convolved else 1) + (expression.nbytes if wide > expression.nbytes else 0)
+    largest = max((expression.nbytes for expression in read.values()), default=0)
+    return Footprint(
+        disk=read.nbytes + sum(NODE_ON_DISK + LETTER_ON_DISK * len(path_of(node)) for node in graph.calls),
+        lowering=EXPORTER + NODE_IN_MEMORY * len(graph.calls) + COPIES * largest,
+        checking=0 if read.nbytes > LARGE else loaded,
+        loaded=loaded,
+    )
+
+
+def _convolves(node: Node) -> bool:
+    return str(node.target).startswith(CONVOLUTIONS)
 
 
 def _unsupported(graph: Graph) -> Iterator[Unsupported]:

@@ -14,10 +14,12 @@ from optpass.errors import MissingValuesError, UserError
 from optpass.interchange.storage import INDEX, WEIGHTS, load_program, save_program
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Shape
-from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target
+from optpass.pipeline.target import COPIES, Footprint, LoweredEntry, Lowering, Runner, Target
 
 WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 SHOWN = 5
+NODE_IN_MEMORY = 10 << 10
+NODE_ON_DISK, WEIGHT_ON_DISK = 1000, 1730
 
 
 class ProgramTarget(Target):
@@ -34,6 +36,23 @@ class ProgramTarget(Target):
 
     structure_only: ClassVar[bool] = True
 
+    def predict(self, program: Program) -> Footprint:
+        """Files: the weights, and for each node and each weight its record in the serialised graph.
+
+        Run by PyTorch, what it wrote stays in the mapped file.
+
+        Raises:
+            UserError: the layout does not fit the Program, as in :meth:`lower`.
+        """
+        if self.layout != "program":
+            self._check_layout(program)
+        weights = program.used_weights()
+        nodes = sum(len(graph.calls) for graph in program.entries.values())
+        disk = weights.nbytes + NODE_ON_DISK * nodes + WEIGHT_ON_DISK * len(weights)
+        largest = max((expression.nbytes for expression in weights.values()), default=0)
+        memory = NODE_IN_MEMORY * nodes + COPIES * largest
+        return Footprint(disk, memory, 0, 0)
+
     def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
         """Save the Program, its weights streamed.
 
@@ -42,20 +61,22 @@ class ProgramTarget(Target):
         """
         folder, weights = lowering.folder / "program", WEIGHTS
         details: dict[str, Any] = {}
+        digests: dict[str, str] = {}
         if self.layout != "program":
             folder = lowering.folder
-            weights, details = self._write_library_folder(program, folder)
-        save_program(
+            weights, details, digests = self._write_library_folder(program, folder)
+        written = save_program(
             program,
             folder,
             weights_file=weights,
             allow_nonfinite=lowering.allow_nonfinite,
             progress=lambda fraction: lowering.progress("write the weights", fraction),
         )
-        main = (folder / INDEX).relative_to(lowering.folder).as_posix()
+        within = folder.relative_to(lowering.folder)
+        digests |= {(within / name).as_posix(): digest for name, digest in written.items()}
         return {
             name: LoweredEntry(
-                main,
+                (within / INDEX).as_posix(),
                 graph.inputs,
                 graph.outputs,
                 {
@@ -65,31 +86,37 @@ class ProgramTarget(Target):
                     "bytes": program.used_weights().nbytes,
                     **details,
                 },
+                digests,
             )
             for name, graph in program.entries.items()
         }
 
-    def _write_library_folder(self, program: Program, folder: Path) -> tuple[str, dict[str, Any]]:
-        """Configuration and other components; the path of the weights and facts for the manifest."""
+    def _write_library_folder(self, program: Program, folder: Path) -> tuple[str, dict[str, Any], dict[str, str]]:
+        """Configuration and other components; the path of the weights, facts for the manifest, digests of copies."""
+        self._check_layout(program)
+        if not program.has_values:
+            raise MissingValuesError(f"layout: {self.layout} needs weight values; this Program is structure-only")
+        origin = program.origin
+        part, digests = folder, {}
+        if origin.pipeline:
+            from optpass.runtime.components import copy_components
+
+            digests = copy_components(origin, folder)
+            part = folder / origin.component
+        part.mkdir(parents=True, exist_ok=True)
+        (part / "config.json").write_text(json.dumps(_config(program), indent=2), encoding="utf-8")
+        digests.pop((part / "config.json").relative_to(folder).as_posix(), None)
+        weights = (part / WEIGHT_FILES[self.layout]).relative_to(folder).as_posix()
+        return weights, {"components": "."} if origin.pipeline else {}, digests
+
+    def _check_layout(self, program: Program) -> None:
         origin = program.origin
         if origin.library != self.layout:
             raise UserError(
                 f"layout: {self.layout} needs a checkpoint of that library, and this one is {origin.kind!r}; "
                 "use layout: program"
             )
-        if not program.has_values:
-            raise MissingValuesError(f"layout: {self.layout} needs weight values; this Program is structure-only")
         _check_unchanged(program)
-        part = folder
-        if origin.pipeline:
-            from optpass.runtime.components import copy_components
-
-            copy_components(origin, folder)
-            part = folder / origin.component
-        part.mkdir(parents=True, exist_ok=True)
-        (part / "config.json").write_text(json.dumps(_config(program), indent=2), encoding="utf-8")
-        weights = (part / WEIGHT_FILES[self.layout]).relative_to(folder).as_posix()
-        return weights, {"components": "."} if origin.pipeline else {}
 
     @classmethod
     def load(cls, folder: Path, entry: Mapping[str, Any], options: Mapping[str, Any]) -> Runner:

@@ -16,12 +16,13 @@ from torch.fx import Node
 
 from optpass.analysis.attention import attention_products
 from optpass.analysis.liveness import peak_activation_bytes
-from optpass.analysis.mac_rules import macs_of
-from optpass.ir.graph import Graph, operators
+from optpass.analysis.mac_rules import attention_inside, is_counted, macs_of
+from optpass.ir.graph import PATH, Graph, operators
 from optpass.ir.program import Program
 from optpass.ir.text import operator_name
 from optpass.ir.weights import Constant, Expression, WeightStore
 
+SHOWN = 5
 STATISTICS = ("running_mean", "running_var")
 """Arguments of normalisations that hold statistics, which nobody counts as parameters."""
 
@@ -46,13 +47,17 @@ class Totals:
 
 @dataclass(frozen=True)
 class NodeCost:
-    """One operator node: its name, module path, ATen name and MACs."""
+    """One operator node: its name, module path, ATen name and MACs, those of QKᵀ and AV also apart.
+
+    ``counted`` is false where the MACs are 0 for want of a rule and not for want of products.
+    """
 
     name: str
     path: str
     operator: str
     macs: int
-    attention: bool
+    macs_attention: int
+    counted: bool
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class EntryCost:
         for node in self.nodes:
             row = rows.setdefault(_prefix(node.path, depth), {"parameters": 0, "macs": 0, "macs_attention": 0})
             row["macs"] += node.macs
-            row["macs_attention"] += node.macs if node.attention else 0
+            row["macs_attention"] += node.macs_attention
         for name, count in self.parameters.items():
             place = _prefix(name.rpartition(".")[0], depth)
             rows.setdefault(place, {"parameters": 0, "macs": 0, "macs_attention": 0})["parameters"] += count
@@ -85,8 +90,20 @@ class EntryCost:
             row = rows.setdefault(node.operator, {"count": 0, "macs": 0, "macs_attention": 0})
             row["count"] += 1
             row["macs"] += node.macs
-            row["macs_attention"] += node.macs if node.attention else 0
+            row["macs_attention"] += node.macs_attention
         return dict(sorted(rows.items(), key=lambda item: (-item[1]["macs"], -item[1]["count"], item[0])))
+
+    def uncounted(self) -> dict[str, dict[str, Any]]:
+        """Operators that may multiply and were counted as nothing: ``count`` and the first ``paths``, by ATen name."""
+        rows: dict[str, dict[str, Any]] = {}
+        for node in self.nodes:
+            if node.counted:
+                continue
+            row = rows.setdefault(node.operator, {"count": 0, "paths": []})
+            row["count"] += 1
+            if len(row["paths"]) < SHOWN:
+                row["paths"].append(node.path or "(root)")
+        return rows
 
 
 @dataclass(frozen=True)
@@ -97,8 +114,11 @@ class Cost:
     totals: Totals
 
     def as_json(self) -> dict[str, Any]:
-        """``{"entries": {name: {"totals": …}}, "totals": …}``."""
-        entries = {name: {"totals": entry.totals.as_json()} for name, entry in self.entries.items()}
+        """``{"entries": {name: {"totals": …, "uncounted": …}}, "totals": …}``."""
+        entries = {
+            name: {"totals": entry.totals.as_json(), "uncounted": entry.uncounted()}
+            for name, entry in self.entries.items()
+        }
         return {"entries": entries, "totals": self.totals.as_json()}
 
 
@@ -123,21 +143,24 @@ def measure(program: Program) -> Cost:
 
 def _measure_entry(graph: Graph, weights: WeightStore) -> EntryCost:
     products = attention_products(graph)
-    nodes = tuple(
-        NodeCost(node.name, str(node.meta.get("path", "")), operator_name(node), macs_of(node), node in products)
-        for node in operators(graph)
-    )
+    nodes = tuple(_node(node, node in products) for node in operators(graph))
     read = graph.weight_names
     statistics = {str(node.target) for node in _statistics(graph.calls)}
     parameters = {name: weights[name].numel for name in read if name not in statistics and _is_parameter(weights[name])}
     totals = Totals(
         parameters=sum(parameters.values()),
         macs=sum(node.macs for node in nodes),
-        macs_attention=sum(node.macs for node in nodes if node.attention),
+        macs_attention=sum(node.macs_attention for node in nodes),
         weight_bytes=sum(weights[name].nbytes for name in read),
         peak_activation_bytes=peak_activation_bytes(graph),
     )
     return EntryCost(totals, nodes, parameters)
+
+
+def _node(node: Node, is_attention: bool) -> NodeCost:
+    macs = macs_of(node)
+    attention = macs if is_attention else attention_inside(node)
+    return NodeCost(node.name, str(node.meta.get(PATH, "")), operator_name(node), macs, attention, is_counted(node))
 
 
 def _statistics(nodes: Iterable[Node]) -> Iterable[Node]:

@@ -59,6 +59,19 @@ MASKING = frozenset({aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 """Softmax over the dimension that is their second argument."""
 
+FUSED_ATTENTION = frozenset(
+    {
+        aten.scaled_dot_product_attention.default,
+        aten._scaled_dot_product_attention_math.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_fused_attention_overrideable.default,
+    }
+)
+"""softmax(q·kᵀ)·v in one operator: the one that models call, and the kernels that a lower level names."""
+
 MATMULS = frozenset(
     {
         aten.matmul.default,

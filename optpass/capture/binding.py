@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from optpass.errors import WeightError, nearest
@@ -22,11 +23,15 @@ def bind(
     """Find an expression for every weight that ``graph`` reads.
 
     What the model's code computed (``constants``) is taken from there, as loaders do; everything else
-    from the checkpoint, under its own name or another of the same tensor's (``aliases``). Floating
-    weights are cast to the dtype that the graph was captured in.
+    from the checkpoint, under its own name or another of the same tensor's (``aliases``).
+
+    A checkpoint may mix dtypes. Each floating weight is cast on its own to the dtype that the graph was
+    captured in (a narrower one rounds once, to nearest; what overflows there is refused when it is
+    written), an integer only to a wider one. No other kind becomes a floating weight: integers in its
+    place are codes of a quantized checkpoint, and so are 8-bit floats that come with a scale.
 
     Raises:
-        WeightError: names are missing or shapes differ; the first few are listed.
+        WeightError: names are missing, or shapes or dtypes do not fit; the first few are listed.
     """
     found: dict[str, Expression] = {}
     missing: list[str] = []
@@ -42,13 +47,38 @@ def bind(
             missing.append(name)
         elif tuple(expression.shape) != shape:
             misshapen.append(f"{name}: the model has {list(shape)}, the checkpoint {list(expression.shape)}")
-        elif expression.dtype.is_floating_point != dtype.is_floating_point:
+        elif not _castable(expression.dtype, dtype):
             names = dtype_name(dtype), dtype_name(expression.dtype)
             misshapen.append(f"{name}: the model has {names[0]}, the checkpoint {names[1]}")
+        elif scale := _scale_of(name, expression.dtype, checkpoint or {}):
+            stored = dtype_name(expression.dtype)
+            misshapen.append(f"{name}: {stored} that {scale} scales, which needs the library that quantized it")
         else:
             found[name] = expression if expression.dtype == dtype else Cast(expression, dtype)
     _refuse(missing, misshapen, checkpoint or {})
     return WeightStore(found)
+
+
+def _castable(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    if stored == wanted:
+        return True
+    if stored.is_floating_point or wanted.is_floating_point:
+        return stored.is_floating_point and wanted.is_floating_point
+    if stored.is_complex or wanted.is_complex or wanted == torch.bool:
+        return False
+    if stored == torch.bool:
+        return True
+    narrow, wide = torch.iinfo(stored), torch.iinfo(wanted)
+    return wide.min <= narrow.min and narrow.max <= wide.max
+
+
+def _scale_of(name: str, stored: torch.dtype, checkpoint: Mapping[str, Expression]) -> str | None:
+    """The tensor that scales an 8-bit floating weight, as the usual quantizers name it beside the weight."""
+    if not (stored.is_floating_point and stored.itemsize == 1):
+        return None
+    module = name.rpartition(".")[0]
+    names = (f"{name}_scale", f"{name}_scale_inv", f"{module}.scale_weight" if module else "scale_weight")
+    return next((scale for scale in names if scale in checkpoint), None)
 
 
 def _lookup(

@@ -35,7 +35,16 @@ def folder_weights(folder: Path) -> dict[str, Expression] | None:
     found = weight_file(folder)
     if found is None:
         return None
-    return read_index(found) if found.name.endswith(".json") else read_weights(found)
+    return given_weights(found)
+
+
+def given_weights(path: Path) -> dict[str, Expression]:
+    """The weights in a file, or in the shards of an index.
+
+    Raises:
+        UserError, WeightError: as :func:`read_weights` and :func:`read_index`.
+    """
+    return read_index(path) if path.suffix == ".json" else read_weights(path)
 
 
 def weight_file(folder: Path) -> Path | None:
@@ -89,9 +98,13 @@ def read_weights(path: Path) -> dict[str, Expression]:
 def read_index(path: Path) -> dict[str, Expression]:
     """The weights of an index of shards, each name checked to be where the index says.
 
+    A tensor that a shard holds and the index does not list is a weight too, as it is to the libraries
+    that load such folders. Where several shards hold a name, the index says which one counts.
+
     Raises:
         UserError: a shard's name leaves the folder.
-        WeightError: the index is damaged, a shard is missing or damaged, or lacks a tensor.
+        WeightError: the index is damaged, a shard is missing or damaged or lacks a tensor, or several
+            shards hold a name that the index does not list.
     """
     table = read_json(path).get("weight_map")
     if not isinstance(table, Mapping) or not all(isinstance(shard, str) for shard in table.values()):
@@ -105,4 +118,21 @@ def read_index(path: Path) -> dict[str, Expression]:
     for name, shard in table.items():
         if name not in shards[shard]:
             raise WeightError(f"{path.parent / shard} lacks the tensor {name!r}, which {path.name} promises")
-    return {name: shards[shard][name] for name, shard in table.items()}
+    return {**_unlisted(path, table, shards), **{name: shards[shard][name] for name, shard in table.items()}}
+
+
+def _unlisted(
+    path: Path, table: Mapping[str, str], shards: Mapping[str, Mapping[str, Expression]]
+) -> dict[str, Expression]:
+    found: dict[str, Expression] = {}
+    holder: dict[str, str] = {}
+    for shard, tensors in shards.items():
+        for name, tensor in tensors.items():
+            if name in table:
+                continue
+            if name in found:
+                raise WeightError(
+                    f"{holder[name]} and {shard} both hold {name!r}, and {path.name} does not say which one counts"
+                )
+            found[name], holder[name] = tensor, shard
+    return found

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from optpass.capture.checkpoint_weights import folder_weights, read_weights
 from optpass.capture.configs import config_path, model_config, refuse_remote_code
 from optpass.capture.export import build_fake, export_program
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
@@ -44,7 +43,7 @@ def capture(request: Request) -> Program:
     model_class = _model_class(config, path)
     with quiet("diffusers", logging.CRITICAL):
         module, mode = build_fake(lambda: _build(model_class, config, path), request.dtype)
-    checkpoint = None if request.structure_only else _weights(module, request)
+    checkpoint = _weights(module, request)
     origin = Origin(
         kind="diffusers",
         path=request.path.resolve(),
@@ -116,7 +115,7 @@ def _inputs(module: nn.Module, request: Request) -> Inputs:
 
 
 def _weights(module: Any, request: Request) -> dict[str, Expression] | None:
-    found = read_weights(request.weights) if request.weights else folder_weights(request.path)
+    found = request.checkpoint
     if found is not None:
         # Old checkpoints name attention's projections query, key, value; only keys are touched.
         module._fix_state_dict_keys_on_load(found)

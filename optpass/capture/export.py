@@ -13,9 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
+from optpass.canonical.rewrites import rewrite
 from optpass.capture.binding import bind
 from optpass.capture.inputs import Example
 from optpass.capture.open_sizes import export_open
+from optpass.capture.tracing import data_is_traced, failing_module
 from optpass.errors import UserError
 from optpass.interchange.canonical import canonicalise
 from optpass.ir.dialect import verify
@@ -97,7 +99,7 @@ def export_program(
     ``None`` for a structure-only capture.
 
     Raises:
-        UserError: torch.export refuses the model; the message carries its reason.
+        UserError: torch.export refuses the model; the message carries the module path and the reason.
         WeightError: the checkpoint lacks a weight, or one has another shape.
     """
     example = example if isinstance(example, Example) else Example(example)
@@ -125,14 +127,16 @@ def _exported(module: nn.Module, mode: FakeTensorMode, example: Example) -> tupl
     def export(example: Example, shapes: dict[str, Any] | None) -> ExportedProgram:
         return torch.export.export(module, (), _fakes(mode, example), strict=False, dynamic_shapes=shapes)
 
-    with quiet_export(), torch.no_grad():
+    with quiet_export(), torch.no_grad(), data_is_traced():
         # Under no_grad, a model's own no_grad blocks change nothing and leave no nested graph behind.
         try:
             return export_open(module, example, export) if example.dimensions else (export(example, None), FIXED)
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"torch.export cannot capture {type(module).__name__}: {first_lines(error)}") from error
+            # Torch's own hint at a line of code ends in the frames of the tracer.
+            where, reason = failing_module(error, module), first_lines(error).partition(" Caused by:")[0]
+            raise UserError(f"torch.export cannot capture {type(module).__name__}: at {where}: {reason}") from error
 
 
 def _fakes(mode: FakeTensorMode, example: Example) -> dict[str, Any]:
@@ -162,6 +166,7 @@ def program_of(
         WeightError: as :func:`optpass.capture.binding.bind`.
     """
     graph = canonicalise(exported, signature, dimensions)
+    constants = rewrite(graph, constants)
     _merge_tied(graph, aliases, checkpoint or {})
     weights = bind(graph, aliases, constants, checkpoint)
     program = Program({ENTRY: graph}, weights, origin, Loop(ENTRY) if loop else None, dict(ranges or {}))

@@ -4,7 +4,7 @@ This runs the user's own file: it is what they asked for. The factory is called 
 no memory and have no values, so it should only build the module; the weights are given apart, as a
 ``.safetensors`` or pickled (weights-only) file. Example inputs come from a second function of the
 file, ``<function>_inputs`` or ``example_inputs``, that returns keyword arguments by name (or a tuple
-of positional ones), or from the sizes the user gives::
+of positional ones), from the model where diffusers or timm made it, or from the sizes the user gives::
 
     def classifier():
         return Classifier(width=64)
@@ -26,12 +26,14 @@ from typing import Any
 
 from torch import nn
 
-from optpass.capture.checkpoint_weights import read_weights
-from optpass.capture.export import build_fake, export_program
+from optpass.capture.export import build_fake
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs, inputs_of_example
+from optpass.capture.inputs_timm import timm_inputs
+from optpass.capture.module_program import module_program
 from optpass.capture.request import Request
+from optpass.capture.timm_import import timm_importable
 from optpass.errors import UserError, nearest
-from optpass.ir.program import Origin, Program
+from optpass.ir.program import Program
 from optpass.quiet import first_lines
 
 DESCRIPTION = "a Python factory: path/to/file.py:function, with its weights as --weights FILE"
@@ -56,21 +58,11 @@ def capture(request: Request) -> Program:
         UserError: the file or function is missing or fails, or returns no module.
         WeightError: the weights are damaged, or do not fit.
     """
-    with _loaded(request.path) as namespace:
+    with timm_importable(), _loaded(request.path) as namespace:
         build = _function(namespace, request)
-        module, mode = build_fake(lambda: _built(build, request), request.dtype)
-        inputs = _inputs(namespace, module, request)
-        read = request.weights is not None and not request.structure_only
-        checkpoint = read_weights(request.weights) if read and request.weights else None
-        origin = Origin(
-            kind="factory",
-            path=request.path.resolve(),
-            component=request.function,
-            library=request.path.stem,
-            class_name=type(module).__name__,
-        )
-        arguments = inputs.arguments(request.sizes, request.defaults, request.dtype)
-        return export_program(module, mode, arguments, checkpoint, origin, ranges=inputs.ranges)
+        built = build_fake(lambda: _built(build, request), request.dtype)
+        inputs = _inputs(namespace, built[0], request)
+        return module_program(request, built, inputs, request.checkpoint, library=request.path.stem, kind="factory")
 
 
 @contextmanager
@@ -122,6 +114,8 @@ def _inputs(namespace: ModuleType, module: nn.Module, request: Request) -> Input
     builder = BUILDERS.get(type(module).__name__)
     if builder is not None and isinstance(getattr(module, "config", None), Mapping):
         return builder(module.config)  # type: ignore[arg-type]
+    if (image := timm_inputs(module)) is not None:
+        return image
     try:
         return given_inputs(module, request.sizes)
     except UserError as error:

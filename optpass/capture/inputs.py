@@ -16,19 +16,46 @@ is added by whoever needs it::
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from optpass.capture.spans import Size, Sizes, Span, as_written, example_size, size_from
 from optpass.errors import UserError, nearest
 from optpass.ir.dimensions import Dimension
 from optpass.ir.program import InputRange
 
-Dim = int | str
+
+@dataclass(frozen=True)
+class Product:
+    """A size that follows from named ones: their product times ``factor``, divided by ``divisor``."""
+
+    names: tuple[str, ...]
+    factor: int = 1
+    divisor: int = 1
+
+    def of(self, sizes: Mapping[str, int]) -> int:
+        """Its value."""
+        return math.prod(sizes[name] for name in self.names) * self.factor // self.divisor
+
+    def __str__(self) -> str:
+        text = "·".join([*([str(self.factor)] if self.factor != 1 else []), *self.names])
+        return text if self.divisor == 1 else f"{text}/{self.divisor}"
+
+
+@dataclass(frozen=True)
+class Number:
+    """Where a constant argument holds a size itself: the named one, as a Python integer."""
+
+    name: str
+
+
+Dim = int | str | Product
 
 
 @dataclass(frozen=True)
@@ -56,9 +83,10 @@ class Input:
 class Inputs:
     """All inputs of a model's forward.
 
-    A dot in a name nests (``added_cond_kwargs.time_ids``). ``sizes`` are the defaults of the named
-    dimensions. ``constants`` are arguments that are no tensors. ``steps`` says of which numbers a
-    dimension must be a multiple: a capture with open sizes finds out by itself, and is quicker if told.
+    A dot in a name nests (``added_cond_kwargs.time_ids``; numbers make a tuple). ``sizes`` are the defaults
+    of the named dimensions. ``constants`` are arguments that are no tensors; a :class:`Number` anywhere in
+    them becomes the size of that name. ``steps`` says of which numbers a dimension must be a multiple: a
+    capture with open sizes finds out by itself, and is quicker if told.
     """
 
     tensors: Mapping[str, Input]
@@ -77,13 +105,16 @@ class Inputs:
             UserError: an override names no input, has another rank, or contradicts the model or another override.
         """
         sizes = {**self.sizes, **{k: v for k, v in defaults.items() if k in self.sizes}}
-        given = _named_sizes(self.tensors, overrides)
+        given = _named_sizes(self.tensors, overrides, self.sizes)
         spans = {name: size for name, size in given.items() if isinstance(size, Span)}
+        self._refuse_open(spans)
         fixed = {name: size for name, size in given.items() if isinstance(size, int)}
         sizes = _with_examples({**sizes, **fixed}, spans)
         arguments: dict[str, Any] = {}
         for name, tensor in self.tensors.items():
-            shape = [dim if isinstance(dim, int) else sizes[dim] for dim in tensor.dims]
+            shape = [_size(dim, sizes) for dim in tensor.dims]
+            if any(isinstance(dim, Product) for dim in tensor.dims) and not _fits(shape, overrides.get(name, shape)):
+                raise UserError(f"input {name!r} has {_dims(tensor.dims)}, here {shape}; got {list(overrides[name])}")
             value = torch.empty(shape, dtype=tensor.dtype or dtype, device="meta")
             _put(arguments, name.split("."), value)
         places = {
@@ -94,7 +125,15 @@ class Inputs:
         dimensions = tuple(
             _dimension(name, span, steps[name], sizes[name], self.tensors) for name, span in spans.items()
         )
-        return Example({**arguments, **self.constants}, dimensions, places)
+        return Example({**_tuples(arguments), **_numbered(dict(self.constants), sizes)}, dimensions, places)
+
+    def _refuse_open(self, spans: Mapping[str, Span]) -> None:
+        numbers = {leaf.name for leaf in tree_leaves(dict(self.constants)) if isinstance(leaf, Number)}
+        for name in spans:
+            if name in numbers:
+                raise UserError(
+                    f"the model takes {name} as a number, which a graph cannot keep open; give a fixed size"
+                )
 
 
 Builder = Callable[[Mapping[str, Any]], Inputs]
@@ -184,14 +223,13 @@ def _range_of(tensor: Tensor) -> InputRange | None:
     return InputRange(float(tensor.min()), float(tensor.max()) + 1, "uniform")
 
 
-def _named_sizes(tensors: Mapping[str, Input], overrides: Sizes) -> dict[str, Size]:
-    """What ``overrides`` say about the named dimensions."""
+def _named_sizes(tensors: Mapping[str, Input], overrides: Sizes, named: Mapping[str, int]) -> dict[str, Size]:
+    """What ``overrides`` say about the dimensions that have a name; ``named`` are all of them."""
     found: dict[str, Size] = {}
     said_by: dict[str, str] = {}
-    shared = {dim for tensor in tensors.values() for dim in tensor.dims if isinstance(dim, str)}
     for name, shape in overrides.items():
-        if name not in tensors and name not in shared:
-            known = [*tensors, *sorted(shared)]
+        if name not in tensors and name not in named:
+            known = [*tensors, *sorted(named)]
             raise UserError(f"the model has no input {name!r}{nearest(name, known)}")
         dims: tuple[Dim, ...] = tensors[name].dims if name in tensors else (name,)
         if len(shape) != len(dims):
@@ -203,6 +241,8 @@ def _named_sizes(tensors: Mapping[str, Input], overrides: Sizes) -> dict[str, Si
                     raise UserError(
                         f"input {name!r} has {_dims(dims)}, fixed by the model's config; got {as_written(shape)}"
                     )
+            elif isinstance(dim, Product):
+                continue  # follows from the named sizes, with which it is compared when all are known
             elif found.setdefault(dim, size) != size:
                 raise UserError(f"inputs {said_by[dim]!r} and {name!r} disagree on {dim}: {found[dim]} and {size}")
             else:
@@ -236,6 +276,26 @@ def _dimension(name: str, span: Span, step: int, example: int, tensors: Mapping[
 
 def _dims(dims: tuple[Dim, ...]) -> str:
     return f"{len(dims)} dimensions ({', '.join(map(str, dims))})" if dims else "no dimensions"
+
+
+def _size(dim: Dim, sizes: Mapping[str, int]) -> int:
+    return dim if isinstance(dim, int) else dim.of(sizes) if isinstance(dim, Product) else sizes[dim]
+
+
+def _fits(shape: Sequence[int], given: Sequence[Size]) -> bool:
+    return all(isinstance(size, Span) or size == found for found, size in zip(shape, given, strict=True))
+
+
+def _numbered(value: Any, sizes: Mapping[str, int]) -> Any:
+    return tree_map_only(Number, lambda number: sizes[number.name], value)
+
+
+def _tuples(value: Any) -> Any:
+    """Dicts whose keys count from 0 become the tuples that dotted names cannot spell."""
+    if not isinstance(value, dict):
+        return value
+    items = {key: _tuples(item) for key, item in value.items()}
+    return tuple(items.values()) if list(items) == [str(i) for i in range(len(items))] and items else items
 
 
 def _put(arguments: dict[str, Any], path: list[str], value: Tensor) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from optpass.capture.checkpoint_weights import folder_weights, given_weights
+from optpass.capture.precision import PRECISIONS, own_precision
 from optpass.capture.spans import Sizes
+from optpass.errors import UserError, WeightError
 from optpass.ir.program import Program
+from optpass.ir.weights import Expression
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,8 @@ class Request:
 
     ``path`` is the folder or file, ``function`` what follows ``:`` in ``file.py:function``. ``sizes``
     are the user's sizes by input name, ``defaults`` sizes of named dimensions that a source
-    prefers (a pipeline's batch of 2); the other fields are those of :func:`optpass.capture.sources.capture`.
+    prefers (a pipeline's batch of 2), ``given_dtype`` the dtype that somebody asked for; the other fields
+    are those of :func:`optpass.capture.sources.capture`.
     """
 
     path: Path
@@ -30,8 +36,41 @@ class Request:
     weights: Path | None = None
     trust_remote_code: bool = False
     component: str | None = None
-    dtype: torch.dtype = torch.float32
+    given_dtype: torch.dtype | None = None
+    floats: Collection[torch.dtype] = PRECISIONS.values()
     loop: bool = False
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What floating weights are computed in: as asked for, or as they lie in the checkpoint.
+
+        Raises:
+            UserError: the weights cannot be chosen among the folder's files.
+            WeightError: a weight file is damaged.
+        """
+        if self.given_dtype is not None:
+            return self.given_dtype
+        try:
+            weights = self._read
+        except (UserError, WeightError):
+            if self.structure_only:
+                return torch.float32
+            raise
+        return own_precision((weights or {}).values(), self.floats)
+
+    @property
+    def checkpoint(self) -> dict[str, Expression] | None:
+        """The weights that were given apart, else those of the folder; ``None`` for structure only.
+
+        Raises:
+            UserError: as :func:`optpass.capture.checkpoint_weights.folder_weights`.
+            WeightError: as there.
+        """
+        return None if self.structure_only or self._read is None else dict(self._read)
+
+    @cached_property
+    def _read(self) -> dict[str, Expression] | None:
+        return given_weights(self.weights) if self.weights else folder_weights(self.path)
 
 
 class Source(Protocol):

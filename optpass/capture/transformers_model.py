@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from optpass.capture.checkpoint_weights import folder_weights, read_weights
 from optpass.capture.configs import config_path, model_config, refuse_remote_code
 from optpass.capture.export import build_fake, export_program
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
@@ -45,7 +44,7 @@ def capture(request: Request) -> Program:
     with quiet("transformers", logging.CRITICAL):
         config = _config(raw, path, request.trust_remote_code)
         module, mode = build_fake(lambda: _build(config, raw, path, request.trust_remote_code), request.dtype)
-        checkpoint = None if request.structure_only else _weights(module, request)
+        checkpoint = _weights(module, request)
     origin = Origin(
         kind="transformers",
         path=request.path.resolve(),
@@ -114,5 +113,5 @@ def _inputs(module: nn.Module, config: Mapping[str, Any], request: Request) -> I
 
 
 def _weights(module: Any, request: Request) -> dict[str, Expression] | None:
-    found = read_weights(request.weights) if request.weights else folder_weights(request.path)
+    found = request.checkpoint
     return None if found is None else module_weights(module, found)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from optpass.capture.sources import capture
 from optpass.capture.spans import Sizes, Span
 from optpass.errors import UserError
@@ -77,7 +79,7 @@ def _reference_side(reference: str, other: EngineModule) -> Side:
     path = Path(reference)
     if (path / MANIFEST).is_file():
         return _bundle_side(path)
-    program = capture(reference, inputs=_sizes(other))
+    program = capture(reference, inputs=_sizes(other), dtype=torch.float32)
     if not program.has_values:
         raise UserError(f"{reference} has no weights to compare with")
     entry = program.loop.entry if program.loop else next(iter(program.entries))

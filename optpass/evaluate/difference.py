@@ -16,6 +16,8 @@ from optpass.ir.program import InputRange, Program
 from optpass.pipeline.target import Runner
 
 LARGER = 4
+TRIALS = 2
+"""Random inputs on which two Programs are compared, at the captured sizes."""
 IDENTICAL_DB = 300.0
 """What stands for an infinite ratio in records: float64 itself resolves no more."""
 
@@ -86,7 +88,7 @@ def runners_difference(reference: Runner, other: Runner, trials: Sequence[Mappin
     return worst
 
 
-def program_difference(reference: Program, other: Program, *, trials: int = 2, seed: int = 0) -> Difference:
+def program_difference(reference: Program, other: Program, *, trials: int = TRIALS, seed: int = 0) -> Difference:
     """Run the entries that both Programs have on ``trials`` random inputs each and compare.
 
     Open dimensions are tried at the ends of their ranges besides.
@@ -133,15 +135,25 @@ class Interface(Protocol):
 def trial_inputs(
     interface: Interface, dimensions: Dimensions, ranges: Mapping[str, InputRange], seed: int, trials: int = 1
 ) -> list[dict[str, Tensor]]:
-    """Random inputs at the captured sizes, ``trials`` times, and once at each end of the open ranges.
+    """Random inputs of each of :func:`trial_specs`."""
+    specs = trial_specs(interface, dimensions, trials)
+    return [random_inputs(each, ranges, seed + index) for index, each in enumerate(specs)]
+
+
+def trial_specs(interface: Interface, dimensions: Dimensions, trials: int = 1) -> list[tuple[FixedSpec, ...]]:
+    """The inputs at the captured sizes, ``trials`` times, and once at each end of the open ranges.
 
     An end that makes the inputs more than :data:`LARGER` times as large is left out.
     """
     captured = interface.inputs_at()
-    limit = LARGER * sum(map(_elements, captured))
+    limit = LARGER * elements(captured)
     ends = [interface.inputs_at(sizes) for sizes in dimensions.alternatives()]
-    specs = [captured] * trials + [end for end in ends if sum(map(_elements, end)) <= limit]
-    return [random_inputs(each, ranges, seed + index) for index, each in enumerate(specs)]
+    return [captured] * trials + [end for end in ends if elements(end) <= limit]
+
+
+def elements(specs: Sequence[FixedSpec]) -> int:
+    """Elements of all ``specs`` together."""
+    return sum(map(_elements, specs))
 
 
 def _elements(spec: FixedSpec) -> int:

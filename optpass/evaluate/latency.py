@@ -11,6 +11,9 @@ from torch import Tensor
 
 from optpass.pipeline.target import Runner
 
+RUNS, WARMUP = 20, 3
+"""Timed calls of each engine, and those before them that are not."""
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -61,8 +64,8 @@ def compare_latency(
     after: tuple[str, Runner],
     inputs: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     *,
-    runs: int = 20,
-    warmup: int = 3,
+    runs: int = RUNS,
+    warmup: int = WARMUP,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Comparison:
     """Time two labelled engines on their inputs, ``runs`` alternating pairs after ``warmup`` pairs."""

@@ -20,6 +20,7 @@ from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import PATH, Graph
 from optpass.ir.signature import Signature
 from optpass.ir.sizes import sizes_of
+from optpass.quiet import first_lines, quiet_export
 
 aten = torch.ops.aten
 NO_MODULE = "_empty_nn_module_stack"
@@ -36,7 +37,7 @@ def canonicalise(exported: ExportedProgram, signature: Signature, dimensions: Di
     if any(map(_needs_functionalising, exported.graph.nodes)):
         # An empty table decomposes nothing; what remains of run_decompositions is functionalisation,
         # and the inlining of autocast and no_grad blocks.
-        exported = exported.run_decompositions({})
+        exported = _functional(exported)
     _refuse_mutation(exported)
     graph = Graph(fx.Graph(), signature, dimensions)
     graph.fx.output(graph.fx.graph_copy(exported.graph, {}))
@@ -49,6 +50,17 @@ def canonicalise(exported: ExportedProgram, signature: Signature, dimensions: Di
     graph.output_node.args = (tuple(graph.output_node.args[0]),)  # type: ignore[arg-type]
     graph.remove_dead_code()
     return graph
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    try:
+        with quiet_export():
+            functional: ExportedProgram = exported.run_decompositions({})
+    except Exception as error:
+        raise UserError(
+            f"the captured graph writes to what it must not: {first_lines(error)}; capture a functional form"
+        ) from error
+    return functional
 
 
 def _needs_functionalising(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """A canonical graph → an ONNX file: dynamo export on fakes, weights streamed, nodes named by module path.
 
-Initializers are lazy: the optimiser reads only the small ones that it folds, the writer evaluates one
-weight at a time straight into the external data file. Every target that takes ONNX starts here.
+Initializers are lazy: the optimiser reads only the small ones that it folds; the rest is streamed
+(:mod:`optpass.interchange.external_data`). Every target that takes ONNX starts here.
 """
 
 from __future__ import annotations
@@ -10,27 +10,28 @@ import ast
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
 from optpass.errors import OptpassError, UserError
+from optpass.interchange.external_data import ExternalData, lazy_tensor
+from optpass.interchange.onnx_simplify import simplify
 from optpass.ir.graph import Graph
-from optpass.ir.safetensors_io import checked
-from optpass.ir.weights import Expression, Permute, WeightStore
+from optpass.ir.weights import Permute, WeightStore
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-FOLD_LIMIT = 8192
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class OnnxFacts:
-    """What was written: nodes, bytes of both files, the fraction of nodes that carry a module path."""
+    """What was written: nodes, bytes of the model and its weights, the fraction of nodes that carry a module path."""
 
     nodes: int
     bytes: int
@@ -41,26 +42,26 @@ def write_onnx(
     graph: Graph,
     weights: WeightStore,
     path: Path,
+    data: ExternalData,
     *,
     opset: int = 18,
     optimize: bool = True,
-    allow_nonfinite: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> OnnxFacts:
-    """Write ``path`` and, beside it, its weights in ``path.data``.
+    """Write ``path``, and its weights into ``data``, an open file in the same folder.
 
     Inputs and outputs have the signature's names and order; an output that is named as an input is called
     ``NAME.out``, for ONNX has one name for one value.
 
     Raises:
         UserError: the exporter has no translation for something in the graph; the message names the node.
-        WeightError: a weight holds NaN or Inf (unless ``allow_nonfinite``), or cannot be read.
+        WeightError: a weight holds NaN or Inf (unless ``data`` allows it), or cannot be read.
     """
     import onnx_ir
 
     progress("export to ONNX", 0.0)
     model = _exported(graph, opset)
-    _make_lazy(model, weights, allow_nonfinite)
+    _make_lazy(model, weights, data.allow_nonfinite)
     progress("export to ONNX", 1.0)
     if optimize:
         progress("optimise the ONNX graph", 0.0)
@@ -69,15 +70,9 @@ def write_onnx(
         progress("optimise the ONNX graph", 1.0)
     _name_sizes(model, graph)
     named = _name_nodes(model)
-    data = path.with_name(f"{path.name}.data")
-    onnx_ir.save(
-        model,
-        path,
-        external_data=data.name,
-        callback=lambda tensor, info: progress("write the weights", (info.index + 1) / max(info.total, 1)),
-    )
-    size = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
-    return OnnxFacts(len(model.graph), size, named)
+    size = data.unload(model, lambda fraction: progress("write the weights", fraction))
+    onnx_ir.save(model, path)
+    return OnnxFacts(len(model.graph), size + path.stat().st_size, named)
 
 
 @contextmanager
@@ -120,11 +115,9 @@ def _optimise(model: ir.Model) -> OptpassError | None:
     Folding reads small weights, and the optimiser wraps what reading raises. The error is returned and
     not raised here, where it would become part of the chain that it stands in.
     """
-    from onnxscript import optimizer
-
     try:
         with quiet_onnx():
-            optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+            simplify(model)
     except Exception as error:
         found: BaseException | None = error
         while found is not None and not isinstance(found, OptpassError):
@@ -146,10 +139,8 @@ def untranslatable(graph: Graph) -> Iterator[Node]:
     """The nodes whose operator the exporter neither translates nor decomposes; reads no weight."""
     import torch
     from torch._decomp import decomposition_table
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    with quiet_onnx():
-        registry = ONNXRegistry.from_torchlib()
+    registry = _translations()
     for node in graph.calls:
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload) or registry.is_registered(target):
@@ -158,12 +149,21 @@ def untranslatable(graph: Graph) -> Iterator[Node]:
             yield node
 
 
+@lru_cache(maxsize=1)
+def _translations() -> Any:
+    """The exporter's table of translations, which takes a second to make."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with quiet_onnx():
+        return ONNXRegistry.from_torchlib()
+
+
 def _make_lazy(model: ir.Model, weights: WeightStore, allow_nonfinite: bool) -> None:
     """Put an expression behind every initializer that is a weight, and behind every transposed weight."""
     initializers = model.graph.initializers
     for name in list(initializers):
         if name in weights:
-            initializers[name].const_value = _lazy(name, weights[name], allow_nonfinite)
+            initializers[name].const_value = lazy_tensor(name, name, weights[name], allow_nonfinite=allow_nonfinite)
     for node in list(model.graph):
         source = (node.inputs[0].name or "") if node.op_type == "Transpose" and node.inputs[0] else ""
         if source not in weights or source not in initializers:
@@ -184,20 +184,8 @@ def _transposed(
 ) -> ir.Value:
     import onnx_ir
 
-    tensor = _lazy(source, Permute(weights[source], order), allow_nonfinite, name=name)
+    tensor = lazy_tensor(name, source, Permute(weights[source], order), allow_nonfinite=allow_nonfinite)
     return onnx_ir.Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
-
-
-def _lazy(weight: str, expression: Expression, allow_nonfinite: bool, *, name: str = "") -> ir.LazyTensor:
-    import onnx_ir
-    from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
-
-    def evaluate() -> ir.TensorProtocol:
-        return TorchTensor(checked(weight, expression, allow_nonfinite=allow_nonfinite), name=name or weight)
-
-    return onnx_ir.LazyTensor(
-        evaluate, dtype=from_torch_dtype(expression.dtype), shape=onnx_ir.Shape(expression.shape), name=name or weight
-    )
 
 
 def _name_sizes(model: ir.Model, graph: Graph) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +15,17 @@ import torch
 from torch import Tensor
 
 from optpass.errors import WeightError
+from optpass.ir.safetensors_io import POINTER
 from optpass.ir.weights import Expression, Shape
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training scripts put the state dict."""
+
+ARCHIVE, PICKLE = b"PK", b"\x80"
+"""How files of ``torch.save`` begin: zip archives, and before torch 1.6 pickles of protocol 2."""
+
+DAMAGED = (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError, struct.error)
+"""What unpickling a damaged file raises."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +58,13 @@ def read_pickled(path: Path) -> dict[str, Expression]:
     """Lazy leaves for every tensor of a ``.pth``/``.pt``/``.bin`` file.
 
     Raises:
-        WeightError: the file is missing or damaged, would run code, or holds no state dict.
+        WeightError: the file is missing or damaged, would run code, or holds no state dict or a tensor
+            that is not plain (sparse, quantized, without values).
     """
     state = _state_dict(path, load_weights_only(path, path))
     resolved = path.resolve()
+    for name, tensor in state.items():
+        _refuse_other_than_plain(path, name, tensor)
     return {name: Mapped(resolved, name, tensor.detach()) for name, tensor in state.items()}
 
 
@@ -65,9 +76,9 @@ def load_weights_only(source: Path | io.BytesIO, path: Path) -> Any:
     Raises:
         WeightError: the file is missing or damaged, or asks for anything else.
     """
-    # Files of torch before 1.6 are not zip archives and cannot be mapped.
-    mapped = isinstance(source, Path) and zipfile.is_zipfile(source)
     try:
+        # Files of torch before 1.6 are not zip archives and cannot be mapped.
+        mapped = isinstance(source, Path) and _is_archive(source)
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise WeightError(f"cannot read weights {path}: {error.strerror or error}") from error
@@ -76,8 +87,35 @@ def load_weights_only(source: Path | io.BytesIO, path: Path) -> Any:
             f"{path} is refused: its pickle holds more than tensors and could run code ({_reason(error)}); "
             "convert it to safetensors where you trust it"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except DAMAGED as error:
         raise WeightError(f"{path} is damaged, or no PyTorch weight file: {_reason(error)}") from error
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether ``path`` is a zip archive; what is neither that nor a pickle is not handed to the unpickler."""
+    with path.open("rb") as file:
+        start = file.read(len(POINTER))
+    if start == POINTER:
+        raise WeightError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    if not start.startswith((ARCHIVE, PICKLE)):
+        raise WeightError(f"{path} is {'no PyTorch weight file' if start else 'empty'}: nothing of torch.save is in it")
+    found = zipfile.is_zipfile(path)
+    if start.startswith(ARCHIVE) and not found:
+        raise WeightError(
+            f"{path} is truncated: the end of the archive is missing ({path.stat().st_size} bytes are there)"
+        )
+    return found
+
+
+def _refuse_other_than_plain(path: Path, name: str, tensor: Tensor) -> None:
+    kinds = {
+        "sparse": tensor.layout != torch.strided,
+        "quantized": tensor.is_quantized,
+        "without values": tensor.is_meta,
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise WeightError(f"{path}: {name!r} is {kind}; only plain tensors can be weights")
 
 
 def _reason(error: Exception) -> str:

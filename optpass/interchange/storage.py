@@ -44,10 +44,11 @@ def save_program(
     weights_file: str = WEIGHTS,
     allow_nonfinite: bool = False,
     progress: Callable[[float], None] = lambda fraction: None,
-) -> None:
+) -> dict[str, str]:
     """Write ``program`` into ``folder``, weights streamed one at a time to ``folder / weights_file``.
 
-    ``progress`` is called with the fraction of the weights' bytes that are written.
+    ``progress`` is called with the fraction of the weights' bytes that are written. Returns the hex SHA-256
+    of the weight file by its name, if there is one.
 
     Raises:
         WeightError: a weight holds NaN or Inf (unless ``allow_nonfinite``), or cannot be read.
@@ -68,7 +69,6 @@ def save_program(
             "computed": [name for name, item in weights.items() if isinstance(item, Constant) and item.computed],
         },
         "ranges": {name: span.as_json() for name, span in program.ranges.items()},
-        "origin": program.origin.as_json(),
         "loop": program.loop.as_json() if program.loop else None,
     }
     for name, graph in program.entries.items():
@@ -76,15 +76,19 @@ def save_program(
         index["entries"][name] = {"graph": f"{name}.pt2", "signature": graph.signature.as_json()}
         if graph.dimensions:
             index["entries"][name]["dimensions"] = graph.dimensions.as_json()
+    digests: dict[str, str] = {}
     if present:
         written = _Fraction(sum(expression.nbytes for expression in present.values()), progress)
         (folder / weights_file).parent.mkdir(parents=True, exist_ok=True)
         # from_pretrained of older libraries asks for the format's name.
         metadata = {"format": "pt"}
-        write_safetensors(
+        digests[weights_file] = write_safetensors(
             present, folder / weights_file, metadata=metadata, allow_nonfinite=allow_nonfinite, progress=written
         )
+    # Last, for by now the checkpoint's digest is known from what was read.
+    index["origin"] = program.origin.as_json()
     (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return digests
 
 
 class _Fraction:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ class Origin:
 
     ``folder`` is the checkpoint's folder (``None`` when it was a single file or made in memory),
     ``component`` the sub-folder that was captured, ``library`` and ``class_name`` what rebuilds the
-    module, ``config`` its configuration, ``pipeline`` whether the folder is a whole diffusers pipeline.
+    module, ``config`` its configuration, ``pipeline`` whether the folder is a whole diffusers pipeline,
+    ``digest`` the checkpoint's content hash, or what computes it when it is asked for.
     """
 
     kind: str
@@ -27,7 +28,7 @@ class Origin:
     class_name: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     pipeline: bool = False
-    digest: str = ""
+    digest: str | Callable[[], str] = ""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -38,7 +39,7 @@ class Origin:
             "class": self.class_name,
             "config": dict(self.config),
             "pipeline": self.pipeline,
-            "sha256": self.digest,
+            "sha256": self.digest() if callable(self.digest) else self.digest,
         }
 
 

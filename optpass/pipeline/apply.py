@@ -11,7 +11,8 @@ from typing import Any
 
 from optpass import __version__
 from optpass.analysis.cost import measure
-from optpass.capture.digest import checkpoint_digest
+from optpass.capture.digest import identified
+from optpass.capture.precision import precision
 from optpass.capture.sources import capture
 from optpass.errors import OptpassError, UserError
 from optpass.evaluate.scope import Scope
@@ -53,6 +54,7 @@ def apply(
         OptpassError: a pass failed; the message names the reproducer.
     """
     started = time.perf_counter()
+    recipe = replace(recipe, dtype=request.dtype or recipe.dtype)
     lowers = not request.structure_only or recipe.target.structure_only
     if lowers:
         type(recipe.target).check_installed(recipe.target_name)
@@ -85,16 +87,26 @@ def apply(
     return Applied(request.out, report)
 
 
-def _capture(recipe: Recipe, request: Request) -> Program:
-    program = capture(
+def captured(recipe: Recipe, request: Request) -> Program:
+    """The checkpoint as ``recipe`` wants it, its weights lazy; no value is read.
+
+    Raises:
+        UserError: it cannot be captured.
+    """
+    return capture(
         request.checkpoint,
         inputs={**recipe.inputs, **request.inputs},
         structure_only=request.structure_only,
         weights=request.weights,
         component=request.component,
         trust_remote_code=request.trust_remote_code,
+        dtype=precision(recipe.dtype),
+        floats=type(recipe.target).floats,
     )
-    return replace(program, origin=replace(program.origin, digest=checkpoint_digest(program)))
+
+
+def _capture(recipe: Recipe, request: Request) -> Program:
+    return identified(captured(recipe, request))
 
 
 def _run(

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optpass.analysis.cost import measure
+from optpass.analysis.cost import Totals, measure
 from optpass.evaluate.difference import IDENTICAL_DB, program_runner, runners_difference, trial_inputs
 from optpass.evaluate.latency import compare_latency
 from optpass.evaluate.quality import Evaluator, psnr
+from optpass.evaluate.widened import widened
 from optpass.ir.program import Program
 from optpass.pipeline.recipe import Recipe
 from optpass.pipeline.request import Progress, Request
 from optpass.pipeline.target import LoweredEntry, Lowering, Runner
-from optpass.pipeline.verification import BYTES_LIMIT, MACS_LIMIT
+from optpass.pipeline.verification import Mode, is_small
 from optpass.runtime.module import EngineModule
 from optpass.runtime.sampling import GUIDANCE, Samples, can_sample, generate
 
@@ -49,17 +50,15 @@ def collect_evidence(
     Large models are measured only with ``verify="always"``: what costs more than 0.2 TMAC a call or
     2 GiB of weights would take longer than the build.
     """
-    totals = measure(original).totals
-    small = totals.macs <= MACS_LIMIT and totals.weight_bytes <= BYTES_LIMIT
-    if request.verify == "never" or not (small or request.verify == "always"):
-        return Evidence(verified="not run: too large to execute here; ask with --verify always")
+    if reason := skipped(request.verify, measure(original).totals):
+        return Evidence(verified=f"not run: {reason}")
     entry = program.loop.entry if program.loop else next(iter(program.entries))
     runner = _runner(recipe, engines[entry], folder)
     graph = original.entries[entry]
     trials = trial_inputs(graph, graph.dimensions, original.ranges, request.seed)
     inputs = trials[0]
     progress("compare", 0.0)
-    reference = program_runner(original, entry)
+    reference = program_runner(widened(original), entry)
     difference = runners_difference(reference, runner, trials).as_dict()
     progress("compare", 1.0)
     if not request.baseline:
@@ -77,6 +76,15 @@ def collect_evidence(
         )
         samples, clips = _samples(request, original, program, entry, (baseline, runner), progress)
     return Evidence(difference, comparison.as_dict(), samples, clips, "numerics")
+
+
+def skipped(mode: Mode, totals: Totals) -> str:
+    """Why no evidence is collected of a model that costs ``totals`` as captured; empty when it is."""
+    if mode == "never":
+        return "switched off"
+    if mode == "auto" and not is_small(totals):
+        return "too large to execute here; ask with --verify always"
+    return ""
 
 
 def _runner(recipe: Recipe, engine: LoweredEntry, folder: Path) -> Runner:

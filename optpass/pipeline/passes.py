@@ -55,6 +55,8 @@ class Pass(Options):
     contract: ClassVar[Contract]
     executes: ClassVar[bool] = False
     """True for a pass that reads weight values while it runs (calibration, training)."""
+    needs: ClassVar[str] = ""
+    """What a pass that ``executes`` needs beside weight values, in words ("calibration samples"); for plans."""
     heals: ClassVar[bool] = False
     """True for a pass that trains what ``retrain`` passes before it left undefined."""
 

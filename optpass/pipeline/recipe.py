@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from optpass.capture.precision import AUTO, precision
 from optpass.capture.spans import Size, Sizes, as_written, size_from
 from optpass.errors import UserError, nearest
 from optpass.pipeline.gates import Gate, gate_of
@@ -29,6 +30,7 @@ class _Document(BaseModel):
     name: str = ""
     description: str = ""
     inputs: dict[str, list[int | str] | int | str] = Field(default_factory=dict)
+    dtype: str = AUTO
     passes: list[Named] = Field(default_factory=list)
     gates: list[dict[str, Any]] = Field(default_factory=list)
     target: Named = "onnxruntime"
@@ -44,7 +46,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. ``target`` is ``None`` only when the recipe's target is not looked at yet."""
+    """A checked recipe. ``dtype`` is what the checkpoint is captured in, ``auto`` its own dtype."""
 
     name: str
     description: str
@@ -53,6 +55,7 @@ class Recipe:
     gates: tuple[Gate, ...]
     target_name: str
     target: Target
+    dtype: str = AUTO
 
     def as_document(self) -> dict[str, Any]:
         """The recipe with every option resolved, as it goes into the lock file."""
@@ -60,6 +63,7 @@ class Recipe:
             "name": self.name,
             "description": self.description,
             "inputs": {name: as_written(shape) for name, shape in self.inputs.items()},
+            "dtype": self.dtype,
             "passes": [{step.name: step.record.as_options()} for step in self.steps],
             "gates": [gate.as_document() for gate in self.gates],
             "target": {self.target_name: self.target.as_options()},
@@ -132,7 +136,9 @@ def make_recipe(
         gates,
         target_name,
         target_record,
+        document.dtype,
     )
+    precision(recipe.dtype)
     check_legality(recipe)
     return recipe
 

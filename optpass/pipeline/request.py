@@ -17,7 +17,8 @@ Progress = Callable[[str, float], None]
 class Request:
     """A checkpoint, where the bundle goes, and how much evidence to collect.
 
-    ``command`` is the command line, for the report; empty when the library was called.
+    ``command`` is the command line, for the report; empty when the library was called. ``dtype`` goes
+    before the recipe's.
     """
 
     checkpoint: str
@@ -35,3 +36,4 @@ class Request:
     allow_nonfinite: bool = False
     trust_remote_code: bool = False
     command: str = ""
+    dtype: str | None = None

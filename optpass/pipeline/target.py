@@ -10,12 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
+from optpass.capture.precision import PRECISIONS
 from optpass.errors import UserError
 from optpass.ir.graph import TensorSpec
 from optpass.ir.program import Program
 from optpass.pipeline.options import Options
+
+COPIES = 3
+"""Of a weight that is being written: its value, what checks it for NaN and Inf, and what goes to the file."""
 
 Runner = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """A loaded engine: tensors by input name → tensors by output name."""
@@ -41,12 +46,32 @@ class Lowering:
 
 @dataclass(frozen=True)
 class LoweredEntry:
-    """One engine: its files relative to the bundle, ``main`` first, and facts for the report."""
+    """One engine: its main file relative to the bundle, and facts for the report.
+
+    ``digests`` gives the hex SHA-256 of files (its own or shared ones) that were hashed while they were
+    written; the bundle reads every other file once more for its hash.
+    """
 
     main: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the engines of a Program take, in bytes, as :meth:`Target.predict` foresees it.
+
+    ``disk``: their files. Memory is anonymous, and beyond what the process holds before it lowers: ``lowering``
+    while they are written, which the allocator keeps; ``checking`` on top of that while the target tries what it
+    wrote; and ``loaded`` once they are loaded to run, activations excepted.
+    """
+
+    disk: int
+    lowering: int
+    checking: int
+    loaded: int
 
 
 class Target(Options):
@@ -60,6 +85,8 @@ class Target(Options):
     """Whether :meth:`load` can execute what :meth:`lower` wrote on this machine."""
     structure_only: ClassVar[bool] = False
     """Whether a Program without weight values can be lowered."""
+    floats: ClassVar[frozenset[torch.dtype]] = frozenset(PRECISIONS.values())
+    """Dtypes that its engines compute in; a checkpoint of another one is captured in float32, if nobody objects."""
 
     @classmethod
     def missing_packages(cls) -> list[str]:
@@ -80,6 +107,19 @@ class Target(Options):
     def supports(self, program: Program) -> list[Unsupported]:
         """What of ``program`` this target cannot take; empty when it can all. Cheap, reads no weight."""
         return []
+
+    def predict(self, program: Program) -> Footprint:
+        """What lowering ``program`` will take once its weights have values; reads none, writes nothing.
+
+        By default: files as large as the weights, written one at a time, with :data:`COPIES` of the largest
+        in memory; engines that hold every weight once.
+
+        Raises:
+            UserError: for what :meth:`lower` would refuse and :meth:`supports` does not see.
+        """
+        weights = program.used_weights()
+        largest = max((expression.nbytes for expression in weights.values()), default=0)
+        return Footprint(weights.nbytes, COPIES * largest, 0, weights.nbytes)
 
     @abstractmethod
     def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:

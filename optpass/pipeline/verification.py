@@ -6,8 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from optpass.analysis.cost import Cost, Totals
 from optpass.errors import ContractError
-from optpass.evaluate.difference import EQUAL, program_difference
+from optpass.evaluate.difference import EQUAL, Difference, program_difference
+from optpass.evaluate.widened import widened
+from optpass.ir.program import Program
+from optpass.pipeline.contract import Contract
 from optpass.pipeline.manager import Event
 
 Mode = Literal["auto", "always", "never"]
@@ -33,7 +37,7 @@ class Verification:
         if reason := self._skipped(event):
             facts |= {"difference": None, "verified": f"not verified: {reason}"}
             return
-        difference = program_difference(event.before, event.after, seed=self.seed) if event.record.modified else EQUAL
+        difference = self._difference(event.before, event.after, contract) if event.record.modified else EQUAL
         facts["difference"] = difference.as_dict()
         error = difference.relative_error
         if contract.kind != "exact":
@@ -46,15 +50,31 @@ class Verification:
             )
         facts["verified"] = f"held: {error:.2g} ≤ {contract.rtol:g}"
 
+    def _difference(self, before: Program, after: Program, contract: Contract) -> Difference:
+        # An exact pass promises more than half precision resolves.
+        wide = contract.kind == "exact"
+        pair = (widened(before), widened(after)) if wide else (before, after)
+        return program_difference(*pair, seed=self.seed)
+
     def _skipped(self, event: Event) -> str:
-        if self.mode == "never":
-            return "switched off"
-        if not event.before.has_values:
-            return "captured structure-only"
-        if event.step.record.contract.kind == "retrain":
-            return "new parameters"
         assert event.record is not None
-        totals = event.record.before.totals
-        if self.mode == "auto" and (totals.macs > MACS_LIMIT or totals.weight_bytes > BYTES_LIMIT):
-            return f"{totals.macs / 1e9:,.0f} GMAC and {totals.weight_bytes / 2**30:.1f} GiB; ask with --verify always"
-        return ""
+        return skipped(self.mode, event.step.record.contract, event.record.before, event.before.has_values)
+
+
+def skipped(mode: Mode, contract: Contract, before: Cost, has_values: bool) -> str:
+    """Why a pass with ``contract`` is not verified on a Program that costs ``before``; empty when it is."""
+    if mode == "never":
+        return "switched off"
+    if not has_values:
+        return "captured structure-only"
+    if contract.kind == "retrain":
+        return "new parameters"
+    if mode == "auto" and not is_small(before.totals):
+        totals = before.totals
+        return f"{totals.macs / 1e9:,.0f} GMAC and {totals.weight_bytes / 2**30:.1f} GiB; ask with --verify always"
+    return ""
+
+
+def is_small(totals: Totals) -> bool:
+    """Whether a model is executed without being asked for: 0.2 TMAC a call and 2 GiB of weights at most."""
+    return totals.macs <= MACS_LIMIT and totals.weight_bytes <= BYTES_LIMIT

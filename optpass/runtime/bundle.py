@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from optpass.ir.weights import dtype_from_name
 from optpass.pipeline.options import validated
 from optpass.pipeline.target import LoweredEntry
 from optpass.runtime.components import component_files, copy_components
+from optpass.runtime.workfolder import WorkFolder
 
 MANIFEST = "manifest.json"
 COMPONENTS = "components"
@@ -197,17 +197,16 @@ class BundleWriter:
     """Context in which a bundle is written to a hidden sibling of ``out`` and renamed at the end.
 
     Write into :attr:`folder`, then call :meth:`finish`. However the context is left, ``out`` is either
-    the finished bundle or what it was before; the sibling is gone.
+    the finished bundle or what it was before; the sibling is gone. Those of killed processes go with the
+    next writer for the same ``out``.
     """
 
     def __init__(self, out: Path, *, force: bool = False) -> None:
         self.out = out
         self.force = force
-        token = secrets.token_hex(4)
-        name = Path(os.path.abspath(out)).name
-        parent = Path(os.path.abspath(out)).parent
-        self.folder = parent / f".{name}.partial-{token}"
-        self._aside = parent / f".{name}.replaced-{token}"
+        self._work = WorkFolder(out)
+        self.folder = self._work.path
+        self._aside = self.folder.with_name(f".{Path(os.path.abspath(out)).name}.replaced-{self._work.token}")
         self._expected = 0
         self._finished = False
 
@@ -216,9 +215,9 @@ class BundleWriter:
         Raises:
             UserError: ``out`` exists and may not be replaced, or nothing can be written there.
         """
-        self._refuse_existing()
+        self.refuse_existing()
         try:
-            self.folder.mkdir(parents=True)
+            self._work.make()
         except OSError as error:
             raise UserError(f"cannot write to {self.folder.parent}: {error.strerror}") from error
         return self
@@ -236,7 +235,7 @@ class BundleWriter:
                 self._commit()
         finally:
             written = _size(self.folder) if error is not None and _is_full(error) else 0
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._work.remove()
             if error is not None and _is_full(error):
                 raise self._full(max(written, self._expected)) from error
 
@@ -260,16 +259,19 @@ class BundleWriter:
         options: Mapping[str, Any],
         engines: Mapping[str, LoweredEntry],
     ) -> Manifest:
-        """Add the pipeline's other components and the manifest, which hashes every file in :attr:`folder`.
+        """Add the pipeline's other components and the manifest, with a hash of every file in :attr:`folder`.
 
-        With no ``engines`` (structure only) the bundle is a report.
+        Files that were hashed as they were written are not read again. With no ``engines`` (structure
+        only) the bundle is a report.
         """
+        digests = {name: digest for engine in engines.values() for name, digest in engine.digests.items()}
         components = next(
             (entry.details["components"] for entry in engines.values() if "components" in entry.details), None
         )
         if components is None and engines and component_files(program.origin):
             components = COMPONENTS
-            copy_components(program.origin, self.folder / COMPONENTS)
+            copied = copy_components(program.origin, self.folder / COMPONENTS)
+            digests |= {f"{COMPONENTS}/{name}": digest for name, digest in copied.items()}
         manifest = Manifest(
             schema_version=SCHEMA,
             optpass=__version__,
@@ -279,13 +281,17 @@ class BundleWriter:
             ranges={name: RangeRecord(**span.as_json()) for name, span in program.ranges.items()},
             origin=program.origin.as_json(),
             components=components,
-            files=_hashes(self.folder),
+            files=_records(self.folder, digests),
         )
         (self.folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         self._finished = True
         return manifest
 
-    def _refuse_existing(self) -> None:
+    def refuse_existing(self) -> None:
+        """
+        Raises:
+            UserError: ``out`` exists and may not be replaced.
+        """
         if not (self.out.exists() or self.out.is_symlink()):
             return
         if not self.force:
@@ -294,7 +300,7 @@ class BundleWriter:
             raise UserError(f"{self.out} is not a bundle of optpass and will not be replaced; choose another folder")
 
     def _commit(self) -> None:
-        self._refuse_existing()
+        self.refuse_existing()
         if not self.out.exists():
             self.folder.rename(self.out)
             return
@@ -325,12 +331,12 @@ def _entry(program: Program, name: str, engine: LoweredEntry) -> EntryRecord:
     )
 
 
-def _hashes(folder: Path) -> dict[str, FileRecord]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    return {
-        path.relative_to(folder).as_posix(): FileRecord(sha256=file_digest(path), bytes=path.stat().st_size)
-        for path in files
-    }
+def _records(folder: Path, digests: Mapping[str, str]) -> dict[str, FileRecord]:
+    records = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        name = path.relative_to(folder).as_posix()
+        records[name] = FileRecord(sha256=digests.get(name) or file_digest(path), bytes=path.stat().st_size)
+    return records
 
 
 def _replaceable(folder: Path) -> bool:

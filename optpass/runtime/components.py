@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from optpass.errors import UserError
+from optpass.ir.hashing import copy_hashed
 from optpass.ir.program import Origin
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data"})
@@ -29,16 +29,20 @@ def component_files(origin: Origin) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in _walk(folder) if _is_carried(path, folder, origin)}
 
 
-def copy_components(origin: Origin, destination: Path) -> None:
+def copy_components(origin: Origin, destination: Path) -> dict[str, str]:
     """Copy :func:`component_files` under ``destination``; links arrive as the files they name.
+
+    Returns the hex SHA-256 of every copy by its path relative to ``destination``.
 
     Raises:
         UserError: as :func:`component_files`.
     """
+    digests = {}
     for name, source in component_files(origin).items():
         target = destination / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        digests[Path(name).as_posix()] = copy_hashed(source, target)
+    return digests
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,163 @@ def test_attention_is_counted_apart(capture_module, written):
     assert totals.macs_attention == 2 * 3 * 2 * 5 * 7 * 4
     assert totals.macs - totals.macs_attention == 3 * (5 * 8 * 8 + 2 * 7 * 6 * 8 + 5 * 8 * 3)
     assert totals.flops(attention=False) == 2 * (totals.macs - totals.macs_attention)
+
+
+class Recurrent(nn.Module):
+    """Recurrent layers of every kind, and a fused encoder layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 8, num_layers=2, bidirectional=True, proj_size=4, batch_first=True)
+        self.gru, self.rnn = nn.GRU(8, 5, batch_first=True), nn.RNN(5, 3, batch_first=True)
+        self.cell = nn.GRUCell(3, 4)
+
+    def forward(self, x):
+        y = self.rnn(self.gru(self.lstm(x)[0])[0])[0]
+        return self.cell(y[:, -1])
+
+
+def test_recurrent_layers_count_their_products(capture_module):
+    program, _ = capture_module(Recurrent, x=torch.randn(3, 7, 6))
+    # LSTM, two directions: layer 1 from 6, layer 2 from 2·4; hidden 4, projected from 8 to 4.
+    lstm = 2 * sum(4 * 8 * (size + 4) + 4 * 8 for size in (6, 8))
+    gru, rnn, cell = 3 * 5 * (8 + 5), 3 * (5 + 3), 3 * 4 * (3 + 4)
+    cost = measure(program)
+    assert cost.totals.macs == 3 * 7 * (lstm + gru + rnn) + 3 * cell
+    assert cost.totals.macs_attention == 0
+    assert cost.entries["full"].uncounted() == {}
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        layer = self.layer
+        self.first = (layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
+
+    def forward(self, x):
+        layer, attention = self.layer, self.layer.self_attn
+        projections = (attention.in_proj_weight, attention.in_proj_bias)
+        out = (attention.out_proj.weight, attention.out_proj.bias)
+        norms = (layer.norm1.weight, layer.norm1.bias, layer.norm2.weight, layer.norm2.bias)
+        feed = (layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias)
+        y = torch._transformer_encoder_layer_fwd(x, 8, 2, *projections, *out, False, False, 1e-5, *norms, *feed)
+        return torch._native_multi_head_attention(y, y, y, 8, 2, *projections, *out, need_weights=False)[0]
+
+
+def test_fused_layers_count_as_what_they_are_made_of(capture_module):
+    program, _ = capture_module(Encoder, x=torch.randn(3, 5, 8))
+    attention, projections, feed = 2 * 3 * 5 * 5 * 8, 3 * 5 * 4 * 8 * 8, 2 * 3 * 5 * 8 * 16
+    cost = measure(program)
+    assert {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"} <= set(cost.entries["full"].by_operator())
+    assert cost.totals.macs == 2 * (attention + projections) + feed
+    assert cost.totals.macs_attention == 2 * attention
+
+
+class Products(nn.Module):
+    """Products by their rarer names."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair = nn.Bilinear(3, 5, 4)
+
+    def forward(self, a, b):
+        left, right = a[0], b[0]
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return (
+            self.pair(a, b).sum()
+            + torch.tensordot(left, b, dims=([0], [1])).sum()
+            + torch.inner(left, left).sum()
+            + torch.addbmm(torch.mm(left, left.mT), b, b.mT).sum()
+            + torch.addmv(left[:, 0], right, right[0]).sum()
+            + torch.linalg.vecdot(a, a[:1]).sum()
+            + kernel(a[None], a[None, :, :6], a[None, :, :6])[0].sum()
+        )
+
+
+def test_products_by_their_rarer_names(capture_module):
+    program, _ = capture_module(Products, a=torch.randn(2, 7, 3), b=torch.randn(2, 7, 5))
+    bilinear, tensordot, inner = 2 * 7 * 4 * 5 * (3 + 1), 3 * 2 * 5 * 7, 7 * 7 * 3
+    addbmm, mm, addmv, vecdot, sdpa = 2 * 7 * 7 * 5, 7 * 7 * 3, 7 * 5, 2 * 7 * 3, 2 * 7 * 6 * (3 + 3)
+    cost = measure(program)
+    assert cost.totals.macs == bilinear + tensordot + inner + addbmm + mm + addmv + vecdot + sdpa
+    assert cost.totals.macs_attention == sdpa
+    assert cost.entries["full"].uncounted() == {}
+
+
+class Uncounted(nn.Module):
+    """What has no rule: a distance matrix, a Fourier transform, and an operator of somebody else's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Distances()
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(x).abs()
+        return self.inner(x).sum() + torch.ops.optpass_tests.mystery(spectrum).sum() + torch.softmax(x, -1).topk(2)[0]
+
+
+class Distances(nn.Module):
+    def forward(self, x):
+        return torch.cdist(x, x * 2)
+
+
+def test_what_may_multiply_and_has_no_rule_is_named(capture_module):
+    library = torch.library.Library("optpass_tests", "FRAGMENT")
+    library.define("mystery(Tensor x) -> Tensor")
+    library.impl("mystery", lambda x: x.mT @ x, "CompositeExplicitAutograd")
+    library.impl("mystery", lambda x: x.new_empty(x.shape[-1], x.shape[-1]), "Meta")
+    program, _ = capture_module(Uncounted, x=torch.randn(4, 6))
+    cost = measure(program)
+    found = cost.as_json()["entries"]["full"]["uncounted"]
+    assert set(found) == {"cdist", "fft_rfft", "optpass_tests.mystery"}
+    assert found["cdist"] == {"count": 1, "paths": ["inner"]}
+    assert cost.totals.macs == 0
+
+
+@pytest.mark.parametrize("config", ["sd15-unet", "svd-unet"])
+def test_nothing_of_a_known_model_is_uncounted(config):
+    program = capture(CONFIGS / config)
+    assert measure(program).entries["full"].uncounted() == {}
+
+
+class Tower(nn.Module):
+    """``depth`` attentions, each of which reads one weight through one view more than the last."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.depth = depth
+        self.table = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        seen = self.table
+        for _ in range(self.depth):
+            seen = seen.transpose(0, 1)
+            x = torch.softmax(x @ seen, -1) @ x
+        return x
+
+
+def function_calls(work) -> int:
+    count = 0
+
+    def count_calls(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(count_calls)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_costs_are_linear_in_nodes(capture_module):
+    short, long = (capture_module(lambda: Tower(depth), x=torch.randn(4, 4))[0] for depth in (20, 80))  # noqa: B023
+    nodes = len(long.entries["full"].calls) / len(short.entries["full"].calls)
+    calls = function_calls(lambda: measure(long)) / function_calls(lambda: measure(short))
+    assert nodes > 3.5
+    assert calls <= 1.05 * nodes
 
 
 class Chain(nn.Module):

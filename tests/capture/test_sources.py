@@ -26,7 +26,7 @@ INDEX = f"{WEIGHTS}.index.json"
         ("x.safetensors", "", "it holds weights and no model; give the model as path/to/file.py:function"),
         ("x.onnx", "", "it is a file of type '.onnx'"),
         ("x.py", "", r"name the function that builds the model: x\.py:function"),
-        ("x.json", "{}", "names neither a diffusers class"),
+        ("x.json", "{}", "names no diffusers class"),
         ("folder/readme.md", "", r"the folder holds readme\.md"),
         ("folder/manifest.json", "{}", "it is a bundle, which holds engines and no program"),
     ],

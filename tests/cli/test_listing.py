@@ -13,7 +13,7 @@ from optpass import __version__
 def test_help_and_version(optpass):
     outcome = optpass("--help")
     assert outcome.code == 0
-    for command in ("apply", "inspect", "passes", "targets", "recipes", "run", "compare", "new-pass"):
+    for command in ("apply", "plan", "inspect", "passes", "targets", "recipes", "run", "compare", "new-pass"):
         assert command in outcome.out
     assert optpass("--version").out.strip() == f"optpass {__version__}"
 

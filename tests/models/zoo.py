@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from case import Case
 from torch import Tensor, nn
 
 from optpass.analysis.cost import measure
+from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
 from optpass.capture.sources import capture
+from optpass.capture.spans import Span
+from optpass.capture.timm_import import timm_importable
 from optpass.errors import OptpassError
 from optpass.evaluate.difference import outputs_difference, program_runner, random_inputs
 from optpass.ir.dialect import verify_shapes
@@ -95,6 +99,73 @@ def run(case: Case, folder: Path) -> Facts:
     return facts
 
 
+def run_dynamic(case: Case, folder: Path) -> Facts:
+    """``case`` with all of ``case.dynamic`` open: one engine, run at both ends of the ranges.
+
+    A dimension with a limit (``dynamic:NAME``) is opened alone besides, to see it fail.
+    """
+    facts = Facts(case.name)
+    model = small_model(case)
+    source, options = saved(case, model, folder / "model")
+    model = model.get_submodule(case.component)
+    declared = inputs_of(case, model)
+    opens = {f"dynamic:{name}": [name] for name in limited(case)} | ({"dynamic": case.dynamic} if case.dynamic else {})
+    for stage, names in opens.items():
+        with suppress(StageError), facts.stage(stage):
+            program = capture(source, inputs=opened(case, declared, names), **options)
+            facts.engine_error = _dynamic_error(case, model, program, folder / stage)
+    return facts
+
+
+def _dynamic_error(case: Case, model: nn.Module, program: Program, folder: Path) -> float:
+    graph = program.entries[ENTRY]
+    folder.mkdir()
+    engine = engine_of(program, folder, OnnxRuntime(threads=1).lower(program, Lowering(folder))[ENTRY])
+    errors = []
+    for sizes in graph.dimensions.alternatives():
+        tensors = random_inputs(graph.inputs_at(sizes), program.ranges, seed=2)
+        expected = eager(program, model, tensors)
+        error_of(case, expected, program_runner(program, ENTRY)(tensors))
+        errors.append(error_of(case, expected, engine(tensors)))
+    if not errors:
+        raise DisagreementError(f"no sizes to try: {graph.dimensions}")
+    return max(errors)
+
+
+def limited(case: Case) -> list[str]:
+    """The dimensions of which the case says why they cannot stay open."""
+    return [key.partition(":")[2] for key in case.limits if key.startswith("dynamic:")]
+
+
+def inputs_of(case: Case, model: Any) -> Inputs:
+    """The declared inputs of the small model: names of its dimensions, default sizes."""
+    from optpass.capture import inputs_diffusers
+    from optpass.capture.inputs_transformers import transformers_inputs
+
+    assert inputs_diffusers
+    if case.factory is not None:
+        return given_inputs(model, case.inputs)
+    if builder := BUILDERS.get(type(model).__name__):
+        return builder(model.config if "_class_name" in case.config else model.config.to_dict())
+    return transformers_inputs(model, model.config.to_dict())
+
+
+def opened(case: Case, declared: Inputs, names: Collection[str]) -> dict[str, list[Any]]:
+    """The sizes of ``case`` with the dimensions ``names`` open, from half to twice their size (a batch from 1)."""
+    found: dict[str, list[Any]] = {}
+    known = dict(declared.sizes)
+    for name, sizes in case.inputs.items():
+        dims = declared.tensors[name].dims if name in declared.tensors else (name,)
+        known |= {dim: size for dim, size in zip(dims, sizes, strict=True) if isinstance(dim, str)}
+        found[name] = [_span(size) if dim in names else size for dim, size in zip(dims, sizes, strict=True)]
+    said = {dim for name in found if name in declared.tensors for dim in declared.tensors[name].dims}
+    return found | {name: [_span(known[name])] for name in names if name not in said}
+
+
+def _span(size: int) -> Span:
+    return Span(max(1, size // 2), size * 2)
+
+
 def small_model(case: Case) -> nn.Module:
     """The eager model at its small size, nothing left at zero or one."""
     torch.manual_seed(0)
@@ -104,20 +175,38 @@ def small_model(case: Case) -> nn.Module:
 def _built(case: Case) -> nn.Module:
     if case.factory is not None:
         return case.factory()
-    if "_class_name" in case.config:
+    config = json.loads(json.dumps(dict(case.config)))
+    if "_class_name" in config:
         import diffusers
 
-        model: nn.Module = getattr(diffusers, case.config["_class_name"]).from_config(dict(case.config))
+        model: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
         return model
+    if "architecture" in config:
+        return timm_model(config)
     import transformers
 
-    config = transformers.CONFIG_MAPPING[case.config["model_type"]].from_dict(dict(case.config))
-    built: nn.Module = getattr(transformers, case.config["architectures"][0])(config)
+    built: nn.Module = getattr(transformers, config["architectures"][0])(
+        transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    )
     return built
+
+
+def timm_model(config: Mapping[str, Any]) -> nn.Module:
+    """What timm builds from the arguments that ``config`` records."""
+    with timm_importable():
+        timm = pytest.importorskip("timm", reason="timm is an optional extra")
+    arguments = {**config.get("model_args", {}), "pretrained_cfg": config.get("pretrained_cfg")}
+    model: nn.Module = timm.create_model(config["architecture"], num_classes=config["num_classes"], **arguments)
+    return model
 
 
 def saved(case: Case, model: Any, folder: Path) -> tuple[str, dict[str, Any]]:
     """The model as a checkpoint that its library writes: the source for ``capture`` and its options."""
+    if "architecture" in case.config:
+        from timm.models import save_for_hf
+
+        save_for_hf(model, folder, safe_serialization=True)
+        return str(folder), {}
     if case.factory is None:
         model.save_pretrained(folder)
         return str(folder), {"component": case.component} if case.component else {}
@@ -177,6 +266,15 @@ def check(case: Case, facts: Facts) -> None:
             return
 
 
+def check_dynamic(case: Case, facts: Facts) -> None:
+    """Assert that the dimensions which should stay open do, and that those with a limit fail as stated."""
+    assert "dynamic" not in facts.failures, f"{case.name}: {facts.failures['dynamic']}"
+    for name in limited(case):
+        limit, failure = case.limits[f"dynamic:{name}"], facts.failures.get(f"dynamic:{name}")
+        assert failure is not None, f"{case.name}: {name} stays open now: take its limit out"
+        assert re.search(limit, failure), f"{case.name}: {name} fails with another error: {failure}"
+
+
 def config_file(config: Mapping[str, Any], folder: Path) -> Path:
     """``config`` as a folder that holds nothing else: a structure-only checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,9 +283,9 @@ def config_file(config: Mapping[str, Any], folder: Path) -> Path:
 
 
 def full_parameters(case: Case) -> int:
-    """Parameters of the published configuration, as its library builds it; nothing is exported."""
+    """Floating values that a checkpoint of the published configuration holds; nothing is exported."""
     from optpass.capture.export import build_fake
 
     assert case.full is not None
     module, _ = build_fake(lambda: _built(Case(case.name, case.full or {})))
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(value.numel() for value in module.state_dict().values() if value.is_floating_point())

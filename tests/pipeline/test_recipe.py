@@ -46,7 +46,7 @@ def test_overrides_reach_passes_and_target():
         ({"target": {"onnxruntime": {"thread": 2}}}, "unknown option 'thread'; did you mean 'threads'"),
         ({"passes": [{"cast": {}, "export": {}}]}, "a pass is a name or"),
         ({"passes": "cast"}, "'passes'"),
-        ({"inputs": {"sample": ["a"]}}, "inputs.sample.0"),
+        ({"inputs": {"sample": ["a"]}}, "inputs: sample: a size is a positive whole number, or a range"),
         ({"gates": [{"latency": {"max_ratio": 1.0}}]}, "gate kind 'latency' is not built"),
         ({"passes": ["export"]}, "unknown pass 'export'"),
         (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from torch import nn
 
 from optpass.capture.export import build_fake, export_program
 from optpass.errors import MissingValuesError, UserError, WeightError
+from optpass.ir.hashing import HashedFile, file_digest
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Constant, Expression, Shape, WeightStore
 from optpass.pipeline.registry import target_class
 from optpass.pipeline.target import LoweredEntry, Lowering, Runner
+from optpass.runtime.bundle import BundleWriter, read_manifest, verify_files
 from optpass.runtime.module import EngineModule
 from optpass.targets.onnxruntime import OnnxRuntime
 from optpass.testing import capture_module
@@ -316,3 +321,68 @@ def test_the_class_imports_nothing_heavy() -> None:
 
     code = "import sys, optpass.targets.onnxruntime as t; print([m for m in sys.modules if m.startswith('onnx')])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def two_entries(program: Program) -> Program:
+    """The same graph twice, as a pass leaves it that splits a model into a full and a reduced call."""
+    graph = program.entries["full"]
+    return replace(program, entries={"full": graph, "reuse": graph.copy()})
+
+
+def test_entries_share_one_data_file(captured: Any, tmp_path: Path) -> None:
+    program, module, inputs = captured("svd_unet")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    OnnxRuntime().lower(program, Lowering(tmp_path / "one"))
+    entries = OnnxRuntime().lower(two_entries(program), Lowering(tmp_path / "two"))
+    alone = (tmp_path / "one" / "full.onnx.data").stat().st_size
+    shared = tmp_path / "two" / "weights.onnx.data"
+    assert {path.name for path in shared.parent.iterdir()} == {"full.onnx", "reuse.onnx", shared.name}
+    assert shared.stat().st_size <= 1.02 * alone
+    with torch.no_grad():
+        expected = module(**inputs).sample
+    for entry in entries.values():
+        found = runner(shared.parent, entry)(inputs)["sample"]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_data_is_hashed_as_it_is_written(captured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, _, _ = captured("svd_unet")
+    read: list[str] = []
+    monkeypatch.setattr("optpass.runtime.bundle.file_digest", lambda path: read.append(path.name) or file_digest(path))
+    with BundleWriter(tmp_path / "out") as writer:
+        engines = OnnxRuntime().lower(two_entries(program), Lowering(writer.folder))
+        writer.finish(program=program, target="onnxruntime", options={}, engines={"full": engines["full"]})
+    assert sorted(read) == ["full.onnx", "reuse.onnx"]
+    data = tmp_path / "out" / "weights.onnx.data"
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.files[data.name].sha256 == hashlib.sha256(data.read_bytes()).hexdigest()
+    verify_files(tmp_path / "out", manifest)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.onnx\.data is not the file that was written"):
+        verify_files(tmp_path / "out", manifest)
+
+
+def test_a_model_without_large_weights_has_no_data_file(tmp_path: Path) -> None:
+    program, _ = capture_module(lambda: nn.Sequential(nn.ReLU()), input=torch.zeros(2, 3))
+    entry = OnnxRuntime().lower(program, Lowering(tmp_path))["full"]
+    assert ([path.name for path in tmp_path.iterdir()], entry.digests) == (["full.onnx"], {})
+
+
+def test_a_disk_that_fills_while_weights_stream_is_one_clear_error(
+    captured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, _, _ = captured("svd_unet")
+    written = HashedFile.write
+
+    def full(file: HashedFile, data: Any) -> None:
+        if file.size > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(file, data)
+
+    monkeypatch.setattr(HashedFile, "write", full)
+    with pytest.raises(UserError, match=r"cannot write .*full\.onnx\.data: No space left"):
+        OnnxRuntime().lower(program, Lowering(tmp_path))
+    assert not (tmp_path / "full.onnx.data").exists()
