@@ -126,10 +126,19 @@ def _shapes(example: Example, declared: Mapping[str, Any]) -> dict[str, Any]:
             return {key: shapes(item, f"{path}.{key}") for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(shapes(item, f"{path}.{index}") for index, item in enumerate(value))
-        places = example.places.get(path, {})
-        return {axis: declared[dim] for axis, dim in places.items()} if isinstance(value, Tensor) and places else None
+        if not isinstance(value, Tensor):
+            return None
+        named = {axis: declared[dim] for axis, dim in example.places.get(path, {}).items()}
+        multiples = example.multiples.get(path, {})
+        named |= {axis: _times(declared[dim], count) for axis, (dim, count) in multiples.items()}
+        return named or None
 
     return {key: shapes(value, key) for key, value in example.arguments.items()}
+
+
+def _times(declared: Any, count: int) -> Any:
+    # What torch finds out by itself (Dim.AUTO) has no arithmetic.
+    return count * declared if isinstance(declared, Dim) else declared
 
 
 def _learned(
@@ -187,6 +196,8 @@ def _named_size(match: re.Match[str], example: Example) -> str:
     keys, axis = re.findall(r"\w+", match[1]), int(match[2])
     if (dim := example.places.get(".".join(keys), {}).get(axis)) is not None:
         return _identifier(dim)
+    if (multiple := example.multiples.get(".".join(keys), {}).get(axis)) is not None:
+        return f"({multiple[1]}*{_identifier(multiple[0])})"
     value: Any = example.arguments
     for key in keys:
         value = value[key] if key in value else value[int(key)]

@@ -315,7 +315,7 @@ def vae_kl_encoder() -> nn.Module:
 CASES = [
     Case("SD 1.5 UNet", SD15, {"sample": (2, 4, 8, 12)}, full=published("sd15-unet"), published=859.52e6),
     Case("SDXL UNet", SDXL, {"sample": (2, 4, 8, 12)}, full=SDXL_FULL, published=2567.46e6),
-    Case("SVD UNet", SVD, {"sample": (2, 3, 8, 8, 12)}, full=published("svd-unet"), published=1524.62e6),
+    Case("SVD UNet", SVD, {"sample": (2, 4, 8, 8, 12)}, full=published("svd-unet"), published=1524.62e6),
     Case(
         "Flux.1",
         FLUX,
