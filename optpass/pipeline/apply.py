@@ -29,6 +29,7 @@ from optpass.pipeline.request import Progress, Request
 from optpass.pipeline.target import LoweredEntry, Lowering
 from optpass.pipeline.verification import Verification
 from optpass.runtime.bundle import BundleWriter, PartRecord, engine_digests, part_record
+from optpass.runtime.folder import neural_components
 
 REPORT_SCHEMA = 1
 
@@ -198,7 +199,7 @@ def _capture_components(recipe: Recipe, request: Request) -> list[Part]:
     for name in sorted(asked - set(programs)):
         raise UserError(
             f"{request.checkpoint}: the pipeline's call runs no model {name!r} that the recipe lowers"
-            f"{nearest(name, programs)}"
+            f"{nearest(name, neural_components(Path(request.checkpoint)))}"
         )
     if not programs:
         raise UserError(f"the recipe keeps every component of {request.checkpoint} as it is: nothing is left to do")
@@ -214,7 +215,9 @@ def _run(part: Part, request: Request, callbacks: Sequence[Callback], progress: 
     recipe = part.recipe
     gates = GateKeeper(recipe.gates, progress)
     folder = request.out.with_name(f"{request.out.name}.reproducer")
-    reproducer = Reproducer(folder, gates=[gate.as_document() for gate in recipe.gates])
+    # What is written is a model alone: its gates name no component.
+    alone = [gate.model_copy(update={"component": ""}).as_document() for gate in recipe.gates]
+    reproducer = Reproducer(folder, gates=alone)
     try:
         program, records = run_passes(
             part.original, recipe.steps, [Verification(request.verify, request.seed), gates, *callbacks, reproducer]
