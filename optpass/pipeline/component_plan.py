@@ -314,8 +314,7 @@ class _Planner:
     def _lower(self, result: Program, engine: Footprint) -> tuple[str, int]:
         """Stages of writing the engines and of the evidence; whether that is collected, and its temporary bytes."""
         read = self._read(result) if self.has_values else 0
-        self.held += engine.lowering
-        self.stages.append(Stage("lower", read=read, memory=self.held + engine.checking))
+        self.stages.append(Stage("lower", read=read, memory=self.held + max(engine.lowering, engine.checking)))
         if not type(self.recipe.target).runs_here:
             return f"not collected: engines of target {self.recipe.target_name!r} do not run here", 0
         if not self.has_values:
@@ -332,8 +331,8 @@ class _Planner:
         if not self.request.baseline:
             return "numerics", 0
         baseline = self.recipe.target.predict(self.original)
-        self.held += held_bytes(wide.used_weights()) + baseline.lowering
-        peak = max(baseline.checking, baseline.loaded)
+        self.held += held_bytes(wide.used_weights())
+        peak = max(baseline.lowering, baseline.checking, baseline.loaded)
         self.stages.append(Stage("lower the original", read=self._read(self.original), memory=self.held + peak))
         self.held += baseline.loaded
         activations = max(self.cost.totals.peak_activation_bytes, measure(result).totals.peak_activation_bytes)
