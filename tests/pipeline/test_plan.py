@@ -98,6 +98,18 @@ def test_moving_digits_as_foreseen(moving_digits, tmp_path, linux):
     assert run.report["samples"] is not None
 
 
+@pytest.mark.slow
+def test_components_of_a_pipeline_as_foreseen(moving_digits, tmp_path, linux):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("passes: [single-token-attention]\ncomponents: all\n")
+    run = measured_apply(str(recipe), moving_digits, tmp_path / "bundle", "--verify", "never")
+    found = planned(str(recipe), checkpoint=str(moving_digits), verify="never")
+    assert found.refusals == ()
+    assert len(found.components) > 1
+    assert found.bundle == pytest.approx(run.disk, rel=TOLERANCE)
+    assert BAND[0] <= run.memory / found.memory <= BAND[1]
+
+
 def write_dit(folder: Path, *, heads: int, layers: int) -> None:
     from diffusers import DiTTransformer2DModel
 
