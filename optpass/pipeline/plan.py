@@ -103,7 +103,7 @@ def plan(
     progress("capture", 0.0)
     captured = captured_parts(recipe, request)
     progress("capture", 1.0)
-    parts = []
+    parts: list[ComponentPlan] = []
     for part in captured:
         lowers, missing = _lowers(part.recipe, request)
         refusals += missing
