@@ -34,10 +34,15 @@ def open_rules(mode: FakeTensorMode) -> Iterator[None]:
     Kernels ask for layouts (``batch > 1``?) that no shape depends on, so a guard here says nothing; that a
     pass has not specialised a graph shows when it is executed at other sizes.
     """
-    environment = mode.shape_env
     # Without the Python dispatcher, composite kernels in C++ turn sizes into numbers.
-    with oblivious(), enable_python_dispatcher(), environment.suppress_guards() if environment else nullcontext():
+    with oblivious(), enable_python_dispatcher(), unguarded(mode):
         yield
+
+
+def unguarded(mode: FakeTensorMode) -> AbstractContextManager[Any]:
+    """Without torch noting what it asked about open sizes: a guard narrows the ranges of every graph of ``mode``."""
+    environment = mode.shape_env
+    return environment.suppress_guards() if environment else nullcontext()
 
 
 def oblivious() -> AbstractContextManager[Any]:

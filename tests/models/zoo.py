@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from optpass.analysis.cost import measure
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
+from optpass.capture.inputs_timm import timm_inputs
 from optpass.capture.sources import capture
 from optpass.capture.spans import Span
 from optpass.capture.timm_import import timm_importable
@@ -145,6 +146,8 @@ def inputs_of(case: Case, model: Any) -> Inputs:
     assert inputs_diffusers
     if case.factory is not None:
         return given_inputs(model, case.inputs)
+    if found := timm_inputs(model):
+        return found
     if builder := BUILDERS.get(type(model).__name__):
         return builder(model.config if "_class_name" in case.config else model.config.to_dict())
     return transformers_inputs(model, model.config.to_dict())
