@@ -51,7 +51,7 @@ def _section(family: str, measure: Measure) -> str:
     cases = importlib.import_module(f"cases_{family}").CASES
     lines = [f"## {family}", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     for case in cases:
-        row = [case.name, *_full(case, measure), *_small(case), ", ".join(case.dynamic), _note(case)]
+        row = [case.name, *_full(case, measure), *_small(case), _open(case), _note(case)]
         lines.append(f"| {' | '.join(row)} |")
         print(lines[-1], file=sys.stderr)
     return "\n".join(lines)
@@ -84,6 +84,11 @@ def _small(case: Any) -> list[str]:
     errors = (facts.program_error, facts.engine_error)
     counts = [str(count) if count else "" for count in (facts.nodes, facts.onnx_nodes)]
     return [*counts, *("" if error is None else f"{error:.1e}" for error in errors)]
+
+
+def _open(case: Any) -> str:
+    starts = {name: low for name, (low, _) in case.spans.items()}
+    return ", ".join(f"{name} ≥ {starts[name]}" if name in starts else name for name in case.dynamic)
 
 
 def _note(case: Any) -> str:
