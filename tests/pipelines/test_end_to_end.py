@@ -58,6 +58,12 @@ def test_the_bundle_needs_nothing_of_the_checkpoint(case: Callable[..., Any], tm
     assert type(library.load_pipeline(moved)).__name__ == "StableDiffusionPipeline"
 
 
+def test_the_page_has_a_row_for_every_component(case: Callable[..., Any]) -> None:
+    page = (case("stable-diffusion", "onnxruntime").bundle / "report.html").read_text("utf-8")
+    table = page[page.index("By component") :]
+    assert all(name in table for name in ("UNet2DConditionModel", "CLIPTextModel", "AutoencoderKL"))
+
+
 def test_a_changed_engine_of_any_component_is_refused(case: Callable[..., Any], tmp_path: Path) -> None:
     made = case("stable-diffusion", "onnxruntime")
     bundle = shutil.copytree(made.bundle, tmp_path / "bundle")
