@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["apply", "capture", "load"]
+__all__ = ["apply", "capture", "load", "load_pipeline"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,6 +14,10 @@ def __getattr__(name: str) -> Any:
         from optpass.runtime.loading import load
 
         return load
+    if name == "load_pipeline":
+        from optpass.runtime.loading import load_pipeline
+
+        return load_pipeline
     if name == "capture":
         from optpass.capture.sources import capture
 

@@ -147,6 +147,7 @@ def plan(
     inputs: Inputs = None,
     weights: Weights = None,
     component: Component = None,
+    dtype: Dtype = None,
     assume_weights: Annotated[
         bool, typer.Option("--assume-weights", help="Plan as though a checkpoint without weights had them.")
     ] = False,
@@ -179,6 +180,7 @@ def plan(
         inputs=parse_inputs(inputs or []),
         weights=weights,
         component=component,
+        dtype=dtype,
         structure_only=structure_only,
         force=force,
         verify=verify,  # type: ignore[arg-type]
@@ -337,11 +339,22 @@ def run(
         typer.Option("-o", "--out", help="Folder for what comes out; must not exist."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many samples to generate.")] = 10,
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="What to generate, for pipelines that read text."),
+    ] = None,
+    image: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Image file, for pipelines that start from one."),
+    ] = None,
     labels: Annotated[
-        str, typer.Option(help="Class labels, comma-separated, taken in turn; all classes by default.")
+        str, typer.Option(help="Class labels, comma-separated, taken in turn; the first ten by default.")
     ] = "",
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 3.0,
+    guidance: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Classifier-free guidance scale; the pipeline's own by default."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; the next ones count up.")] = 0,
     tensors: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -353,6 +366,7 @@ def run(
 ) -> None:
     """Generate samples with a bundle, or answer for given inputs."""
     from optpass.runtime.running import answer, sample
+    from optpass.runtime.sampling import LABELS, Asked
 
     with console.progress_display() as progress:
         if tensors:
@@ -362,9 +376,8 @@ def run(
                 bundle,
                 out,
                 samples=samples,
-                labels=parse_labels(labels),
-                steps=steps,
-                guidance=guidance,
+                asked=Asked(prompt, tuple(parse_labels(labels) or LABELS), steps=steps, guidance=guidance),
+                image=image,
                 seed=seed,
                 force=force,
                 progress=progress,

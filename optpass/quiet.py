@@ -6,8 +6,10 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 
 import torch
+import torch.export._trace
 
 TELLERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 """Loggers that print, at length, what the error that follows says."""
@@ -26,6 +28,16 @@ def quiet(library: str, level: int = logging.ERROR) -> Iterator[None]:
 
 
 @contextmanager
+def _not_printing(module: ModuleType) -> Iterator[None]:
+    """``print`` does nothing in ``module``; a redirected stderr would also stop what draws the progress there."""
+    vars(module)["print"] = lambda *values, **options: None
+    try:
+        yield
+    finally:
+        vars(module).pop("print", None)
+
+
+@contextmanager
 def quiet_export() -> Iterator[None]:
     """Without torch.export's warnings about things that the dialect settles anyway, and without stack traces.
 
@@ -38,6 +50,7 @@ def quiet_export() -> Iterator[None]:
             stack.enter_context(quiet("torch.export"))
             for teller in TELLERS:
                 stack.enter_context(quiet(teller, logging.CRITICAL))
+            stack.enter_context(_not_printing(torch.export._trace))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             yield

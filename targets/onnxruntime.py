@@ -32,9 +32,9 @@ LEVELS = {
 }
 ERRORS_ONLY = 3
 LARGE = 1 << 30
-EXPORTER = 80 << 20
-"""Memory of ONNX Runtime, of the exporter and of the optimiser, which imports an evaluator."""
-NODE_IN_MEMORY = 25 << 10
+EXPORTER, RUNTIME = 80 << 20, 30 << 20
+"""Memory of the exporter and its optimiser, which imports an evaluator; and what stays with ONNX Runtime itself."""
+NODE_IN_MEMORY = 28 << 10
 NODE_ON_DISK, LETTER_ON_DISK = 140, 33
 """Bytes of a node, and for each letter of its module path, which stands in it with those of all modules around."""
 MACHINE_WORD = 4
@@ -80,7 +80,7 @@ class OnnxRuntime(Target):
         """
         parts = [_footprint(graph, program.weights) for graph in program.entries.values()]
         return Footprint(
-            disk=sum(part.disk for part in parts),
+            disk=sum(part.disk for part in parts) + program.used_weights().nbytes,
             lowering=max(part.lowering for part in parts),
             checking=max(part.checking for part in parts),
             loaded=sum(part.loaded for part in parts),
@@ -192,6 +192,7 @@ class OnnxRuntime(Target):
 
 
 def _footprint(graph: Graph, weights: WeightStore) -> Footprint:
+    """One entry's, its weights on disk left out: entries share them."""
     read = weights.restricted(graph.weight_names)
     convolved = {str(operand.target) for node in graph.calls if _convolves(node) for operand in node.all_input_nodes}
     loaded = 0
@@ -199,11 +200,12 @@ def _footprint(graph: Graph, weights: WeightStore) -> Footprint:
         wide = expression.numel * max(expression.dtype.itemsize, MACHINE_WORD)
         loaded += wide * (2 if name in convolved else 1) + (expression.nbytes if wide > expression.nbytes else 0)
     largest = max((expression.nbytes for expression in read.values()), default=0)
+    nodes = NODE_IN_MEMORY * len(graph.calls)
     return Footprint(
-        disk=read.nbytes + sum(NODE_ON_DISK + LETTER_ON_DISK * len(path_of(node)) for node in graph.calls),
-        lowering=EXPORTER + NODE_IN_MEMORY * len(graph.calls) + COPIES * largest,
-        checking=0 if read.nbytes > LARGE else loaded,
-        loaded=loaded,
+        disk=sum(NODE_ON_DISK + LETTER_ON_DISK * len(path_of(node)) for node in graph.calls),
+        lowering=EXPORTER + nodes + COPIES * largest,
+        checking=RUNTIME + nodes + (0 if read.nbytes > LARGE else loaded),
+        loaded=RUNTIME + nodes + loaded,
     )
 
 

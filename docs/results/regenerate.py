@@ -1,6 +1,6 @@
-"""Regenerate the committed results: every file here is what the command at its top printed.
+"""Regenerate the committed results: every file here is what the command at its bottom printed.
 
-make results
+make results; or some of them by name, of the models also one library's alone (``models-timm``).
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from models_table import FAMILIES, models
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent
@@ -22,8 +25,17 @@ SVD, SD15 = "tests/configs/svd-unet", "tests/configs/sd15-unet"
 DIGITS = "tests/checkpoints/moving-digits"
 
 
-def optpass(*arguments: str) -> tuple[dict[str, Any], float, float]:
-    """Run the command with ``--json``: its object, wall seconds, peak resident megabytes."""
+class Run(NamedTuple):
+    """One run of the command: what it printed, wall seconds, peak resident megabytes, CPU seconds."""
+
+    record: dict[str, Any]
+    seconds: float
+    megabytes: float
+    cpu_seconds: float
+
+
+def optpass(*arguments: str) -> Run:
+    """Run the command with ``--json``."""
     command = [str(Path(sys.executable).parent / "optpass"), *arguments, "--json"]
     start = time.perf_counter()
     # wait4 gives the peak of this child alone; getrusage(CHILDREN) would give the largest so far.
@@ -34,7 +46,8 @@ def optpass(*arguments: str) -> tuple[dict[str, Any], float, float]:
         printed = stdout.read()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit {process.returncode}")
-    return json.loads(printed), time.perf_counter() - start, usage.ru_maxrss / 1e3
+    elapsed = time.perf_counter() - start
+    return Run(json.loads(printed), elapsed, usage.ru_maxrss / 1e3, usage.ru_utime + usage.ru_stime)
 
 
 def published_counts() -> str:
@@ -78,7 +91,7 @@ def published_counts() -> str:
 def moving_digits() -> str:
     """The demo's figures: contract, engine against the original, clips, latency."""
     with tempfile.TemporaryDirectory() as folder:
-        report, seconds, memory = optpass("apply", "moving-digits", DIGITS, "-o", f"{folder}/out", "--samples", "6")
+        report, seconds, memory, _ = optpass("apply", "moving-digits", DIGITS, "-o", f"{folder}/out", "--samples", "6")
     lines = ["# moving-digits through ONNX Runtime, trained weights", "", _machine(), ""]
     lines += ["| | single-token-attention, float32 |", "|---|---|"]
     lines += [f"| {name} | {read(report)} |" for name, read in FIGURES.items()]
@@ -123,11 +136,18 @@ def _machine() -> str:
 
 def main(names: Sequence[str]) -> None:
     """Write the named results, all by default."""
-    known = {"published-counts": published_counts, "moving-digits": moving_digits}
+    table = RESULTS / "models.md"
+    known: dict[str, Callable[[], str]] = {
+        "published-counts": published_counts,
+        "moving-digits": moving_digits,
+        "models": partial(models, optpass, table),
+    }
+    parts = {f"models-{family}": partial(models, optpass, table, (family,)) for family in FAMILIES}
     for name in names or known:
-        text = known[name]()
-        path = RESULTS / f"{name}.md"
-        path.write_text(f"{text}\n\nPrinted by `python docs/results/regenerate.py {name}`.\n", "utf-8")
+        text = {**known, **parts}[name]()
+        result = "models" if name in parts else name
+        path = RESULTS / f"{result}.md"
+        path.write_text(f"{text}\n\nPrinted by `python docs/results/regenerate.py {result}`.\n", "utf-8")
         print(path.relative_to(ROOT))
 
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from optpass.ir.weights import Constant, Expression, Reshape
+from optpass.ir.weights import Absent, Constant, Expression, Reshape
 
 
 def read_bytes(weights: Mapping[str, Expression]) -> int:
     """Bytes of files that evaluating every one of ``weights`` once reads."""
     return sum(map(_read, weights.values()))
+
+
+def file_leaves(weights: Mapping[str, Expression]) -> set[Expression]:
+    """What of files ``weights`` are made from."""
+    found: set[Expression] = set()
+    pending = list(weights.values())
+    while pending:
+        expression = pending.pop()
+        pending += expression.operands()
+        if not expression.operands() and not isinstance(expression, (Absent, Constant)):
+            found.add(expression)
+    return found
 
 
 def held_bytes(weights: Mapping[str, Expression]) -> int:

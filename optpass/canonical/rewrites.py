@@ -10,6 +10,7 @@ from optpass.canonical.boolean_select import boolean_select
 from optpass.canonical.broadcast_copy import broadcast_copy
 from optpass.canonical.complex_pairs import complex_pairs
 from optpass.canonical.idle_squeeze import idle_squeeze
+from optpass.canonical.open_repeat import open_repeat
 from optpass.ir.graph import Graph
 
 Rewrite = Callable[[Graph, dict[str, Tensor]], None]
@@ -17,6 +18,7 @@ Rewrite = Callable[[Graph, dict[str, Tensor]], None]
 
 REWRITES: Mapping[str, Rewrite] = {
     "broadcast-copy": broadcast_copy,
+    "open-repeat": open_repeat,
     "idle-squeeze": idle_squeeze,
     "boolean-select": boolean_select,
     "complex-pairs": complex_pairs,

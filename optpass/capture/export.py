@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map_only
 
 from optpass.canonical.rewrites import rewrite
 from optpass.capture.binding import bind
@@ -36,16 +37,22 @@ def build_fake(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float3
     Buffers stay real because their values come from code, not from the checkpoint (position ids,
     rotary frequencies). ``dtype`` is the parameters' dtype at construction.
     """
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with _parameters_on_meta(), torch.no_grad():
-            module = build().eval()
-    finally:
-        torch.set_default_dtype(previous)
+    with default_dtype(dtype), _parameters_on_meta(), torch.no_grad():
+        module = build().eval()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _fake_parameters(module, mode)
     return module, mode
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Floating tensors that are made without a dtype have this one."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
 
 
 @contextmanager
@@ -102,16 +109,10 @@ def export_program(
         WeightError: the checkpoint lacks a weight, or one has another shape.
     """
     example = example if isinstance(example, Example) else Example(example)
-    with mode:
-        fakes = torch.utils._pytree.tree_map_only(
-            Tensor,
-            lambda t: t if isinstance(t, FakeTensor) else torch.empty(t.shape, dtype=t.dtype),
-            dict(example.arguments),
-        )
-    exported, dimensions = _exported(module, fakes, example)
+    exported, dimensions = _exported(module, mode, example)
     signature = Signature(
         parameters=tuple(inspect.signature(module.forward).parameters),
-        arguments=tree_of_example(fakes, ""),
+        arguments=tree_of_example(dict(example.arguments), ""),
         output=tree_of_spec(exported.call_spec.out_spec),
     )
     constants = _constants(module, exported.constants)
@@ -128,20 +129,28 @@ def export_program(
     )
 
 
-def _exported(module: nn.Module, fakes: Mapping[str, Any], example: Example) -> tuple[ExportedProgram, Dimensions]:
-    def export(shapes: dict[str, Any] | None) -> ExportedProgram:
-        return torch.export.export(module, (), dict(fakes), strict=False, dynamic_shapes=shapes)
+def _exported(module: nn.Module, mode: FakeTensorMode, example: Example) -> tuple[ExportedProgram, Dimensions]:
+    def export(example: Example, shapes: dict[str, Any] | None) -> ExportedProgram:
+        return torch.export.export(module, (), _fakes(mode, example), strict=False, dynamic_shapes=shapes)
 
     with quiet_export(), torch.no_grad(), data_is_traced():
         # Under no_grad, a model's own no_grad blocks change nothing and leave no nested graph behind.
         try:
-            return export_open(module, example, export) if example.dimensions else (export(None), FIXED)
+            return export_open(module, example, export) if example.dimensions else (export(example, None), FIXED)
         except UserError:
             raise
         except Exception as error:
             # Torch's own hint at a line of code ends in the frames of the tracer.
             where, reason = failing_module(error, module), first_lines(error).partition(" Caused by:")[0]
             raise UserError(f"torch.export cannot capture {type(module).__name__}: at {where}: {reason}") from error
+
+
+def _fakes(mode: FakeTensorMode, example: Example) -> dict[str, Any]:
+    def fake(tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    with mode:
+        return {name: tree_map_only(Tensor, fake, value) for name, value in example.arguments.items()}
 
 
 def program_of(

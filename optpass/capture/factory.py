@@ -11,6 +11,8 @@ of positional ones), from the model where diffusers or timm made it, or from the
 
     def classifier_inputs():
         return {"image": torch.zeros(1, 3, 32, 32)}
+
+Both functions are called with the capture's dtype as torch's default: floats for which they name none follow it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 
 from torch import nn
 
-from optpass.capture.export import build_fake
+from optpass.capture.export import build_fake, default_dtype
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs, inputs_of_example
 from optpass.capture.inputs_timm import timm_inputs
 from optpass.capture.module_program import module_program
@@ -52,7 +54,9 @@ def recognises(request: Request) -> bool:
 
 
 def capture(request: Request) -> Program:
-    """What the factory returns; structure only without ``request.weights``.
+    """What the factory returns, or the module in it that ``request.component`` names.
+
+    Structure only without ``request.weights``.
 
     Raises:
         UserError: the file or function is missing or fails, or returns no module.
@@ -61,8 +65,14 @@ def capture(request: Request) -> Program:
     with timm_importable(), _loaded(request.path) as namespace:
         build = _function(namespace, request)
         built = build_fake(lambda: _built(build, request), request.dtype)
-        inputs = _inputs(namespace, built[0], request)
-        return module_program(request, built, inputs, request.checkpoint, library=request.path.stem, kind="factory")
+        return module_program(
+            request,
+            built,
+            lambda module: _inputs(namespace, module, request),
+            request.checkpoint,
+            library=request.path.stem,
+            kind="factory",
+        )
 
 
 @contextmanager
@@ -109,8 +119,10 @@ def _built(build: Any, request: Request) -> nn.Module:
 
 def _inputs(namespace: ModuleType, module: nn.Module, request: Request) -> Inputs:
     example = getattr(namespace, f"{request.function}_inputs", None) or getattr(namespace, EXAMPLE, None)
-    if example is not None:
-        return inputs_of_example(_named(example() if callable(example) else example, module, request))
+    if example is not None and not request.component:
+        with default_dtype(request.dtype):
+            values = example() if callable(example) else example
+        return inputs_of_example(_named(values, module, request))
     builder = BUILDERS.get(type(module).__name__)
     if builder is not None and isinstance(getattr(module, "config", None), Mapping):
         return builder(module.config)  # type: ignore[arg-type]

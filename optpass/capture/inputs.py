@@ -33,7 +33,10 @@ from optpass.ir.program import InputRange
 
 @dataclass(frozen=True)
 class Product:
-    """A size that follows from named ones: their product times ``factor``, divided by ``divisor``."""
+    """A size that follows from named ones: their product times ``factor``, divided by ``divisor``.
+
+    One of the names may be open, where the others make a whole multiple of it.
+    """
 
     names: tuple[str, ...]
     factor: int = 1
@@ -42,6 +45,10 @@ class Product:
     def of(self, sizes: Mapping[str, int]) -> int:
         """Its value."""
         return math.prod(sizes[name] for name in self.names) * self.factor // self.divisor
+
+    def multiple(self, name: str, sizes: Mapping[str, int]) -> int:
+        """How many times the size of ``name`` it is."""
+        return self.of({**sizes, name: 1})
 
     def __str__(self) -> str:
         text = "·".join([*([str(self.factor)] if self.factor != 1 else []), *self.names])
@@ -62,12 +69,14 @@ Dim = int | str | Product
 class Example:
     """What a model is captured with: nested ``arguments``, and which of their sizes stay open.
 
-    ``places`` says for every input (by dotted name) which axis is which of the open ``dimensions``.
+    ``places`` says for every input (by dotted name) which axis is which of the open ``dimensions``, and
+    ``multiples`` which axis is how many times one of them.
     """
 
     arguments: Mapping[str, Any]
     dimensions: tuple[Dimension, ...] = ()
     places: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    multiples: Mapping[str, Mapping[int, tuple[str, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ class Inputs:
             UserError: an override names no input, has another rank, or contradicts the model or another override.
         """
         sizes = {**self.sizes, **{k: v for k, v in defaults.items() if k in self.sizes}}
-        given = _named_sizes(self.tensors, overrides, self.sizes)
+        given = _named_sizes(self.tensors, overrides, self.named)
         spans = {name: size for name, size in given.items() if isinstance(size, Span)}
         self._refuse_open(spans)
         fixed = {name: size for name, size in given.items() if isinstance(size, int)}
@@ -125,10 +134,21 @@ class Inputs:
         dimensions = tuple(
             _dimension(name, span, steps[name], sizes[name], self.tensors) for name, span in spans.items()
         )
-        return Example({**_tuples(arguments), **_numbered(dict(self.constants), sizes)}, dimensions, places)
+        nested = {**_tuples(arguments), **_numbered(dict(self.constants), sizes)}
+        return Example(nested, dimensions, places, _multiples(self.tensors, spans, sizes))
+
+    def _numbers(self) -> set[str]:
+        return {leaf.name for leaf in tree_leaves(dict(self.constants)) if isinstance(leaf, Number)}
+
+    @property
+    def named(self) -> set[str]:
+        """The names of the dimensions that some argument has."""
+        dims = [dim for tensor in self.tensors.values() for dim in tensor.dims]
+        products = {name for dim in dims if isinstance(dim, Product) for name in dim.names}
+        return {dim for dim in dims if isinstance(dim, str)} | products | self._numbers()
 
     def _refuse_open(self, spans: Mapping[str, Span]) -> None:
-        numbers = {leaf.name for leaf in tree_leaves(dict(self.constants)) if isinstance(leaf, Number)}
+        numbers = self._numbers()
         for name in spans:
             if name in numbers:
                 raise UserError(
@@ -223,7 +243,7 @@ def _range_of(tensor: Tensor) -> InputRange | None:
     return InputRange(float(tensor.min()), float(tensor.max()) + 1, "uniform")
 
 
-def _named_sizes(tensors: Mapping[str, Input], overrides: Sizes, named: Mapping[str, int]) -> dict[str, Size]:
+def _named_sizes(tensors: Mapping[str, Input], overrides: Sizes, named: set[str]) -> dict[str, Size]:
     """What ``overrides`` say about the dimensions that have a name; ``named`` are all of them."""
     found: dict[str, Size] = {}
     said_by: dict[str, str] = {}
@@ -280,6 +300,29 @@ def _dims(dims: tuple[Dim, ...]) -> str:
 
 def _size(dim: Dim, sizes: Mapping[str, int]) -> int:
     return dim if isinstance(dim, int) else dim.of(sizes) if isinstance(dim, Product) else sizes[dim]
+
+
+def _multiples(
+    tensors: Mapping[str, Input], spans: Mapping[str, Span], sizes: Mapping[str, int]
+) -> dict[str, dict[int, tuple[str, int]]]:
+    """The axes whose size follows from an open dimension: which one, and how many times it.
+
+    Raises:
+        UserError: a size follows from several open dimensions, or from a part of one.
+    """
+    found: dict[str, dict[int, tuple[str, int]]] = {}
+    for name, tensor in tensors.items():
+        for axis, dim in enumerate(tensor.dims):
+            if not isinstance(dim, Product) or not (open_names := [item for item in dim.names if item in spans]):
+                continue
+            times = dim.multiple(open_names[0], sizes)
+            if len(open_names) > 1 or times * sizes[open_names[0]] != dim.of(sizes):
+                raise UserError(
+                    f"input {name!r} has the size {dim}: of {', '.join(dim.names)} only one can stay open, "
+                    "where the others make a whole multiple of it"
+                )
+            found.setdefault(name, {})[axis] = (open_names[0], times)
+    return found
 
 
 def _fits(shape: Sequence[int], given: Sequence[Size]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from optpass.capture.inputs import Input, Inputs, input_builder, integers
+from optpass.capture.spans import Sizes
 from optpass.errors import UserError
 
 Config = Mapping[str, Any]
@@ -39,16 +40,18 @@ def transformers_inputs(module: nn.Module, config: Config) -> Inputs:
     )
 
 
-def resampled(inputs: Inputs, module: nn.Module, sizes: Mapping[str, Sequence[Any]]) -> Inputs:
+def resampled(inputs: Inputs, module: nn.Module, sizes: Sizes) -> Inputs:
     """``inputs`` that have a model resample the positions it learned, where ``sizes`` ask for another image size.
 
     Without being asked (``interpolate_pos_encoding``), such a model refuses every size but its own.
     """
-    asked = sizes.get(PIXELS)
-    if not asked or not _takes(module, INTERPOLATE) or PIXELS not in inputs.tensors:
+    if PIXELS not in inputs.tensors or not _takes(module, INTERPOLATE):
         return inputs
-    learned = [inputs.sizes.get(str(dim), dim) for dim in inputs.tensors[PIXELS].dims[-2:]]
-    if list(asked[-2:]) == learned:
+    dims = inputs.tensors[PIXELS].dims
+    asked: dict[Any, Any] = dict(zip(dims, sizes.get(PIXELS, ()), strict=False))
+    asked |= {dim: sizes[dim][0] for dim in dims if isinstance(dim, str) and dim in sizes}
+    learned = {dim: inputs.sizes.get(str(dim), dim) for dim in dims[-2:]}
+    if all(asked.get(dim, size) == size for dim, size in learned.items()):
         return inputs
     return replace(inputs, constants={**inputs.constants, INTERPOLATE: True})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from optpass.capture.export import export_program
 from optpass.capture.inputs import Inputs
 from optpass.capture.request import Request
+from optpass.capture.submodule import submodule
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Expression
 
@@ -18,20 +19,20 @@ from optpass.ir.weights import Expression
 def module_program(
     request: Request,
     built: tuple[nn.Module, FakeTensorMode],
-    inputs: Inputs,
-    checkpoint: Mapping[str, Expression] | None,
+    inputs: Callable[[nn.Module], Inputs],
+    checkpoint: dict[str, Expression] | None,
     *,
     library: str,
     kind: str = "",
     config: Mapping[str, Any] | None = None,
 ) -> Program:
-    """Export what :func:`optpass.capture.export.build_fake` built, with ``inputs`` of the sizes that ``request`` gives.
+    """Export what :func:`optpass.capture.export.build_fake` built, or the module in it at ``request.component``.
 
-    ``checkpoint`` is ``None`` for a structure-only capture. The Program's origin is of ``kind``
-    (default: the library's name).
+    ``inputs`` says what the exported module takes; the sizes are the request's. ``checkpoint`` is ``None``
+    for a structure-only capture. The Program's origin is of ``kind`` (default: the library's name).
 
     Raises:
-        UserError: the sizes are impossible, or torch.export refuses the model.
+        UserError: there is no such module, the sizes are impossible, or torch.export refuses the model.
         WeightError: the weights do not fit.
     """
     module, mode = built
@@ -43,5 +44,8 @@ def module_program(
         class_name=type(module).__name__,
         config=dict(config or {}),
     )
-    arguments = inputs.arguments(request.sizes, request.defaults, request.dtype)
-    return export_program(module, mode, arguments, checkpoint, origin, ranges=inputs.ranges, loop=request.loop)
+    if request.component:
+        module, checkpoint, origin = submodule(module, checkpoint, origin, request.component)
+    taken = inputs(module)
+    example = taken.arguments(request.sizes, request.defaults, request.dtype)
+    return export_program(module, mode, example, checkpoint, origin, ranges=taken.ranges, loop=request.loop)

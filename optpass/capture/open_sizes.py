@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from optpass.capture.inputs import Example
+from optpass.capture.unit_sizes import at_one, same_operators
 from optpass.errors import UserError
 from optpass.ir.dimensions import Dimension, Dimensions
 from optpass.ir.guards import Guard
 from optpass.ir.sizes import oblivious, sizes_of
 from optpass.quiet import first_lines
 
-Export = Callable[[dict[str, Any] | None], ExportedProgram]
-"""Exports the module with the given ``dynamic_shapes``."""
+Export = Callable[[Example, dict[str, Any] | None], ExportedProgram]
+"""Exports the module for an example with the given ``dynamic_shapes``."""
 
 SIZE_IN_GUARD = re.compile(r"L((?:\['\w+'\])+)\.size\(\)\[(\d+)\]")
 TRIED = 1 << 16
@@ -41,18 +42,68 @@ def export_open(module: nn.Module, example: Example, export: Export) -> tuple[Ex
         UserError: the model fixes a dimension that should stay open, or works for a part of its range only.
     """
     name = type(module).__name__
-    dimensions = example.dimensions
     with oblivious():
         try:
-            exported = export(_shapes(example, _declared(dimensions)))
-        except torch._dynamo.exc.UserError as refusal:
-            dimensions = _learned(name, example, export, refusal)
-            try:
-                exported = export(_shapes(example, _declared(dimensions)))
-            except torch._dynamo.exc.UserError as error:
-                raise UserError(f"{name} cannot keep {_listed(dimensions)} open: {_reason(error)}") from error
+            found = _attempt(name, example, export)
+        except UserError:
+            if widened := _with_ones(name, example, export):
+                return widened
+            raise
+        return (_with_ones(name, example, export, found) if found[1].guards else None) or found
+
+
+def _attempt(name: str, example: Example, export: Export) -> tuple[ExportedProgram, Dimensions]:
+    dimensions = example.dimensions
+    try:
+        exported = export(example, _shapes(example, _declared(dimensions)))
+    except torch._dynamo.exc.UserError as refusal:
+        dimensions = _learned(name, example, export, refusal)
+        try:
+            exported = export(example, _shapes(example, _declared(dimensions)))
+        except torch._dynamo.exc.UserError as error:
+            raise UserError(f"{name} cannot keep {_listed(dimensions)} open: {_reason(error)}") from error
     found = tuple(replace(item, symbol=_symbol(item, example, exported, name)) for item in dimensions)
     return exported, Dimensions(found, tuple(_remaining(found, _guards(exported, example))))
+
+
+def _with_ones(
+    name: str, example: Example, export: Export, found: tuple[ExportedProgram, Dimensions] | None = None
+) -> tuple[ExportedProgram, Dimensions] | None:
+    """The export for ranges that begin at 2, widened to 1; ``None`` where 1 is not what was in the way.
+
+    ``found`` is what the whole ranges gave, if anything; its guards are then held against the narrowed ranges.
+    """
+    ones = {item.name: item for item in example.dimensions if item.minimum == 1 and item.step == 1}
+    if not ones:
+        return None
+    narrowed = replace(example, dimensions=tuple(_from_two(item, ones) for item in example.dimensions))
+    try:
+        exported, dimensions = found or _attempt(name, narrowed, export)
+    except UserError:
+        return None
+    items = [_from_two(item, ones) for item in dimensions]
+    guards = tuple(_remaining(items, [Guard(text) for text in dimensions.guards]))
+    if found is not None and guards == dimensions.guards:
+        return None
+    if any(item.step != 1 for item in items if item.name in ones):
+        return None
+    if not all(_same_at_one(narrowed, dim, export, exported) for dim in ones):
+        return None
+    whole = [replace(ones[item.name], symbol=item.symbol) if item.name in ones else item for item in items]
+    return exported, Dimensions(tuple(whole), guards)
+
+
+def _from_two(item: Dimension, ones: Mapping[str, Dimension]) -> Dimension:
+    # A range of one size is no range to torch.export.
+    return replace(item, minimum=2, maximum=max(item.maximum, 3)) if item.name in ones else item
+
+
+def _same_at_one(example: Example, name: str, export: Export, exported: ExportedProgram) -> bool:
+    fixed = at_one(example, name)
+    try:
+        return same_operators(exported, export(fixed, _shapes(fixed, _declared(fixed.dimensions))))
+    except torch._dynamo.exc.UserError:
+        return False
 
 
 def _declared(dimensions: Sequence[Dimension]) -> dict[str, Any]:
@@ -75,10 +126,19 @@ def _shapes(example: Example, declared: Mapping[str, Any]) -> dict[str, Any]:
             return {key: shapes(item, f"{path}.{key}") for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(shapes(item, f"{path}.{index}") for index, item in enumerate(value))
-        places = example.places.get(path, {})
-        return {axis: declared[dim] for axis, dim in places.items()} if isinstance(value, Tensor) and places else None
+        if not isinstance(value, Tensor):
+            return None
+        named = {axis: declared[dim] for axis, dim in example.places.get(path, {}).items()}
+        multiples = example.multiples.get(path, {})
+        named |= {axis: _times(declared[dim], count) for axis, (dim, count) in multiples.items()}
+        return named or None
 
     return {key: shapes(value, key) for key, value in example.arguments.items()}
+
+
+def _times(declared: Any, count: int) -> Any:
+    # What torch finds out by itself (Dim.AUTO) has no arithmetic.
+    return count * declared if isinstance(declared, Dim) else declared
 
 
 def _learned(
@@ -89,7 +149,7 @@ def _learned(
     Raises:
         UserError: a dimension is fixed by the model, or its range cannot be had in equal steps.
     """
-    exported = export(_shapes(example, {item.name: Dim.AUTO for item in example.dimensions}))
+    exported = export(example, _shapes(example, {item.name: Dim.AUTO for item in example.dimensions}))
     fixed = [item for item in example.dimensions if isinstance(_size(item, example, exported), int)]
     if fixed:
         raise UserError(
@@ -136,6 +196,8 @@ def _named_size(match: re.Match[str], example: Example) -> str:
     keys, axis = re.findall(r"\w+", match[1]), int(match[2])
     if (dim := example.places.get(".".join(keys), {}).get(axis)) is not None:
         return _identifier(dim)
+    if (multiple := example.multiples.get(".".join(keys), {}).get(axis)) is not None:
+        return f"({multiple[1]}*{_identifier(multiple[0])})"
     value: Any = example.arguments
     for key in keys:
         value = value[key] if key in value else value[int(key)]

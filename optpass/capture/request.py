@@ -6,15 +6,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optpass.capture.checkpoint_weights import folder_weights, given_weights
 from optpass.capture.precision import PRECISIONS, own_precision
 from optpass.capture.spans import Sizes
 from optpass.errors import UserError, WeightError
-from optpass.ir.program import Program
+from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Expression
 
 
@@ -73,6 +75,21 @@ class Request:
         return given_weights(self.weights) if self.weights else folder_weights(self.path)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A model folder before it is captured: its module with fake parameters, and where its weights are.
+
+    ``checkpoint`` is ``None`` for a folder without weights, or when none are to be read; ``config`` is the
+    library's own configuration, defaults included, where the module does not carry it.
+    """
+
+    module: nn.Module
+    mode: FakeTensorMode
+    checkpoint: Mapping[str, Expression] | None
+    origin: Origin
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Source(Protocol):
     """One kind of checkpoint; every module in ``sources.KINDS`` provides these."""
 
@@ -83,3 +100,10 @@ class Source(Protocol):
 
     def capture(self, request: Request) -> Program:
         """The Program; called only when :meth:`recognises` said so."""
+
+
+class ModelSource(Source, Protocol):
+    """A source whose folder holds one model of a library."""
+
+    def open_model(self, request: Request) -> Opened:
+        """The model without its example inputs; called only when :meth:`recognises` said so."""

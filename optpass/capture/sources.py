@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,6 +82,39 @@ def capture(
             with collection_paused():
                 return kind.capture(request)
     raise UserError(f"{source} is no checkpoint that optpass knows: {_found(path)}\n{_understood()}")
+
+
+def capture_pipeline(
+    source: str | Path,
+    wanted: diffusers_pipeline.Wanted,
+    *,
+    call: Mapping[str, Any] | None = None,
+    structure_only: bool = False,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    floats: Collection[torch.dtype] = PRECISIONS.values(),
+) -> dict[str, Program]:
+    """Programs of a pipeline folder's components by name, the denoiser first, with the calls that the pipeline makes.
+
+    ``wanted`` says which, and their sizes; the weights of the others are not read. ``call`` are arguments of
+    the pipeline's call (``height`` …) from which all other sizes follow; ``dtype`` and ``floats`` are those
+    of :func:`capture`, by component.
+
+    Raises:
+        UserError: ``source`` is no pipeline folder, or it cannot be called or captured.
+        WeightError: a weight file is damaged, or does not fit its model.
+    """
+    request = Request(
+        Path(source),
+        structure_only=structure_only,
+        trust_remote_code=trust_remote_code,
+        given_dtype=dtype,
+        floats=floats,
+    )
+    if not diffusers_pipeline.recognises(request):
+        raise UserError(f"{source} is no pipeline folder (it has no model_index.json), and the recipe has 'components'")
+    with collection_paused():
+        return diffusers_pipeline.capture_components(request, wanted, call or {})
 
 
 @contextmanager

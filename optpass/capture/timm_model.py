@@ -40,6 +40,8 @@ def recognises(request: Request) -> bool:
 def capture(request: Request) -> Program:
     """The model that timm builds from the config, its weights those of the folder, or absent when it has none.
 
+    ``request.component`` names a submodule that is captured alone.
+
     Raises:
         UserError: timm is not installed, has no such architecture, or the config does not build it.
         WeightError: the weights are damaged, or do not fit.
@@ -49,12 +51,17 @@ def capture(request: Request) -> Program:
     timm = _timm(path)
     with quiet("timm", logging.CRITICAL):
         built = build_fake(lambda: _build(timm, config, path), request.dtype)
-    module, _ = built
-    inputs = timm_inputs(module) or given_inputs(module, request.sizes)
     checkpoint = request.checkpoint
     if checkpoint is not None:
-        checkpoint = _renamed(module, checkpoint)
-    return module_program(request, built, inputs, checkpoint, library="timm", config=config)
+        checkpoint = _renamed(built[0], checkpoint)
+    return module_program(
+        request,
+        built,
+        lambda module: timm_inputs(module) or given_inputs(module, request.sizes),
+        checkpoint,
+        library="timm",
+        config=config,
+    )
 
 
 def _timm(path: Path) -> ModuleType:
@@ -64,8 +71,11 @@ def _timm(path: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise UserError(f"timm, which {path} needs, does not load: {error}") from error
-        message = f"{path} is a timm model, and timm is not installed: pip install 'optpass[timm]'"
-        raise UserError(message) from error
+        # A torchvision from the registry loads beside no CPU build of torch, and then diffusers fails with it.
+        raise UserError(
+            f"{path} is a timm model, and timm is not installed: pip install 'optpass[timm]', "
+            "or, beside a torch without CUDA, pip install --no-deps timm"
+        ) from error
     found: ModuleType = timm
     return found
 

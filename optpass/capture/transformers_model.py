@@ -12,7 +12,7 @@ from torch import nn
 from optpass.capture.configs import config_path, model_config, refuse_remote_code
 from optpass.capture.export import build_fake, export_program
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
-from optpass.capture.request import Request
+from optpass.capture.request import Opened, Request
 from optpass.capture.submodule import submodule
 from optpass.capture.transformers_weights import module_weights
 from optpass.errors import UserError, nearest
@@ -38,6 +38,27 @@ def capture(request: Request) -> Program:
         UserError: the model type or class is unknown, the config does not build it, or it has remote code.
         WeightError: the weights are damaged, or do not fit.
     """
+    model = open_model(request)
+    inputs = _inputs(model.module, model.config, request)
+    arguments = inputs.arguments(request.sizes, request.defaults, request.dtype)
+    return export_program(
+        model.module,
+        model.mode,
+        arguments,
+        model.checkpoint,
+        model.origin,
+        ranges=inputs.ranges,
+        loop=request.loop,
+    )
+
+
+def open_model(request: Request) -> Opened:
+    """The model with fake parameters, and its weights.
+
+    Raises:
+        UserError: as :func:`capture`.
+        WeightError: the weights are damaged.
+    """
     raw, path = model_config(request.path), config_path(request.path)
     assert path is not None
     refuse_remote_code(raw, path, request.trust_remote_code)
@@ -54,9 +75,7 @@ def capture(request: Request) -> Program:
     )
     if request.component:
         module, checkpoint, origin = submodule(module, checkpoint, origin, request.component)
-    inputs = _inputs(module, getattr(module, "config", config).to_dict(), request)
-    arguments = inputs.arguments(request.sizes, request.defaults, request.dtype)
-    return export_program(module, mode, arguments, checkpoint, origin, ranges=inputs.ranges, loop=request.loop)
+    return Opened(module, mode, checkpoint, origin, getattr(module, "config", config).to_dict())
 
 
 def _config(raw: Mapping[str, Any], path: Path, trust: bool) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,17 @@ from optpass.evaluate.quality import Evaluator, psnr
 from optpass.runtime.bundle import MANIFEST, read_manifest
 from optpass.runtime.loading import load
 from optpass.runtime.module import EngineModule, program_module
-from optpass.runtime.sampling import GUIDANCE, can_sample, generate
+from optpass.runtime.sampling import GUIDANCE, Asked, can_sample, generate
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models: how to call it, and the pipeline folder it samples in, if any."""
+    """One of the two models: how to call it, the pipeline folder it samples in, if any, and what it replaces there."""
 
     label: str
     module: EngineModule
     folder: Path | None
+    replaced: Mapping[str, EngineModule]
 
 
 def compare(
@@ -71,8 +72,12 @@ def compare(
 
 
 def _bundle_side(folder: Path) -> Side:
-    components = read_manifest(folder).components
-    return Side(folder.name, load(folder), folder / components if components else None)
+    manifest = read_manifest(folder)
+    module = load(folder)
+    replaced = {manifest.component: module}
+    for part in manifest.parts:
+        replaced[part.component] = load(folder, component=part.component, verify=False)
+    return Side(folder.name, module, folder / manifest.components if manifest.components else None, replaced)
 
 
 def _reference_side(reference: str, other: EngineModule) -> Side:
@@ -82,9 +87,9 @@ def _reference_side(reference: str, other: EngineModule) -> Side:
     program = capture(reference, inputs=_sizes(other), dtype=torch.float32)
     if not program.has_values:
         raise UserError(f"{reference} has no weights to compare with")
-    entry = program.loop.entry if program.loop else next(iter(program.entries))
+    module = program_module(program)
     folder = program.origin.path if program.origin.pipeline else None
-    return Side(f"{path.name} (PyTorch)", program_module(program, entry), folder)
+    return Side(f"{path.name} (PyTorch)", module, folder, {program.origin.component: module})
 
 
 def _sizes(module: EngineModule) -> Sizes:
@@ -112,9 +117,9 @@ def _compare_samples(
     made = [
         generate(
             side.folder or after.folder,
-            side.module,
+            side.replaced,
             samples=samples,
-            steps=steps,
+            asked=Asked(steps=steps, guidance=GUIDANCE),
             seed=seed,
             progress=lambda fraction, side=side: progress(f"samples of {side.label}", fraction),  # type: ignore[misc]
         )

@@ -11,7 +11,7 @@ from optpass.evaluate.quality import Evaluator, psnr
 from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
 from optpass.runtime.module import program_module
-from optpass.runtime.sampling import Samples, generate
+from optpass.runtime.sampling import GUIDANCE, Asked, Samples, generate
 
 
 def quality_of_program(scope: Scope, metric: str, *, samples: int, steps: int, seed: int) -> float:
@@ -51,8 +51,11 @@ def _samples(
     progress: Callable[[str, float], None],
     stage: str,
 ) -> Samples:
-    entry = program.loop.entry if program.loop else next(iter(program.entries))
-    module = program_module(program, entry)
     return generate(
-        folder, module, samples=samples, steps=steps, seed=seed, progress=lambda fraction: progress(stage, fraction)
+        folder,
+        {program.origin.component: program_module(program)},
+        samples=samples,
+        asked=Asked(steps=steps, guidance=GUIDANCE),
+        seed=seed,
+        progress=lambda fraction: progress(stage, fraction),
     )

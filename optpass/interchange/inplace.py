@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from optpass.ir.dialect import ALIASES, EXPANSIONS, IDENTITIES, is_inplace
+from optpass.ir.sizes import open_rules
 
 aten = torch.ops.aten
 
@@ -81,7 +82,8 @@ def _functional(node: fx.Node) -> Any:
     if functional is None or functional is node.target or not isinstance(value, Tensor):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
-    with value.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+    mode = value.fake_mode  # type: ignore[attr-defined]
+    with open_rules(mode), mode, torch.no_grad():
         result = functional(*args, **kwargs)
     return functional if result.dtype == value.dtype else None
 

@@ -20,6 +20,7 @@ from optpass.errors import OptpassError, UserError
 from optpass.interchange.external_data import ExternalData, lazy_tensor
 from optpass.interchange.onnx_simplify import simplify
 from optpass.ir.graph import Graph
+from optpass.ir.sizes import unguarded
 from optpass.ir.weights import Permute, WeightStore
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _exported(graph: Graph, opset: int) -> ir.Model:
     exported, inputs = to_exported(graph), graph.signature.inputs
     outputs = [f"{name}.out" if name in inputs else name for name in graph.signature.outputs]
     try:
-        with quiet_onnx():
+        with quiet_onnx(), unguarded(graph.mode):
             program = torch.onnx.export(
                 exported,
                 dynamo=True,

@@ -109,6 +109,17 @@ def _interface_problems(graph: Graph) -> Iterator[str]:
         yield "the output is not a flat tuple of values"
     elif len(results) != len(graph.signature.outputs):
         yield f"{len(results)} outputs where the signature has {len(graph.signature.outputs)}"
+    symbols = {
+        str(s) for node in graph.placeholders for size in _sizes(node) for s in getattr(size, "free_symbols", ())
+    }
+    for item in graph.dimensions:
+        if item.symbol not in symbols:
+            yield f"the dimension {item.name} ({item}) is open no more: something compared it with a number"
+
+
+def _sizes(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    return sizes_of(value) if isinstance(value, Tensor) else ()
 
 
 def _node_problem(node: fx.Node, weights: WeightStore) -> str:

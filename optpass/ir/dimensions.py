@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optpass.errors import UserError
-from optpass.ir.guards import Guard
+from optpass.ir.guards import Guard, size_at
 
 Size = int | str
-"""A fixed size, or an expression over the names of open dimensions (for inputs a name alone)."""
+"""A fixed size, or an expression over the names of open dimensions (for inputs a name, or a multiple of one)."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,15 @@ class Dimensions:
         """
         found: dict[str, int] = {}
         said_by: dict[str, str] = {}
+        following: list[tuple[str, str, int]] = []
         for name, declared, given in shapes:
             for axis, (size, actual) in enumerate(zip(declared, given, strict=True)):
                 if isinstance(size, int):
                     continue
                 place = f"{name}[{axis}]"
+                if size not in self.by_name:
+                    following.append((place, size, actual))
+                    continue
                 if found.setdefault(size, actual) != actual:
                     raise UserError(
                         f"inputs {said_by[size]} and {place} disagree on {size}: {found[size]} and {actual}"
@@ -109,6 +113,9 @@ class Dimensions:
                 raise UserError(
                     f"input {said_by[size]}: {size} is {actual}, and the engine was built for {self.by_name[size]}"
                 )
+        for place, size, actual in following:
+            if actual != size_at(size, {**self.examples, **found}):
+                raise UserError(f"input {place} is {actual}, and follows from the other inputs' sizes: {size}")
         if broken := self._broken(found):
             listed = ", ".join(f"{name}={size}" for name, size in found.items())
             raise UserError(f"the engine cannot take {listed}: the model needs {broken}")

@@ -15,6 +15,7 @@ from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Node, map_arg
 
 from optpass.ir.dimensions import FIXED, Dimensions, Size
+from optpass.ir.guards import size_at
 from optpass.ir.signature import Signature
 from optpass.ir.sizes import example_sizes, is_size, materialise, named, open_rules, sizes_of
 from optpass.ir.weights import Expression, Shape, WeightStore, dtype_name
@@ -40,7 +41,9 @@ class TensorSpec:
 
     def at(self, sizes: Mapping[str, int]) -> FixedSpec:
         """An input with every open dimension at its size in ``sizes``."""
-        return FixedSpec(self.name, tuple(s if isinstance(s, int) else sizes[s] for s in self.shape), self.dtype)
+        return FixedSpec(
+            self.name, tuple(s if isinstance(s, int) else size_at(s, sizes) for s in self.shape), self.dtype
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {"name": self.name, "shape": list(self.shape), "dtype": dtype_name(self.dtype)}

@@ -56,6 +56,17 @@ class Guard:
             return False
 
 
+def size_at(text: str, sizes: Mapping[str, int]) -> int:
+    """A size that follows from others (``8*height``), at ``sizes``.
+
+    Raises:
+        UserError: the text is no whole-number arithmetic over names.
+    """
+    if text in sizes:
+        return sizes[text]
+    return int(_value(Guard(text)._tree, sizes))
+
+
 def _names(node: ast.AST) -> list[str]:
     """Every name in an allowed tree.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils._pytree import TreeSpec
 
 from optpass.errors import UserError, nearest
@@ -20,6 +20,11 @@ from optpass.errors import UserError, nearest
 Kind = Literal["tensor", "constant", "dict", "list", "tuple", "object"]
 # Output classes are imported by name when an engine is loaded; nothing else may be.
 OUTPUT_LIBRARIES = ("diffusers.", "transformers.")
+OUTPUT_CLASSES = frozenset({"BaseOutput", "ModelOutput", "DiagonalGaussianDistribution"})
+"""What an output class is one of, or derived from: containers, and the autoencoders' posterior."""
+FORWARD = "forward"
+VARIADIC = "**"
+"""Stands among the parameters of a method that takes further keyword arguments."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def output_class(name: str) -> Any:
     except (ImportError, AttributeError):
         return dict
     bases = {base.__name__ for base in getattr(found, "__mro__", ())}
-    return found if bases & {"BaseOutput", "ModelOutput"} else dict
+    return found if bases & OUTPUT_CLASSES else dict
 
 
 def tree_of_example(value: Any, path: str) -> Tree:
@@ -152,11 +157,15 @@ def _field_names(spec: TreeSpec) -> Sequence[Any]:
 
 @dataclass(frozen=True)
 class Signature:
-    """The captured call: the module's parameter names in order, the arguments' tree, the output's tree."""
+    """The captured call: the module's parameter names in order, the arguments' tree, the output's tree.
+
+    ``method`` is the method of the module that was captured.
+    """
 
     parameters: tuple[str, ...]
     arguments: Tree
     output: Tree
+    method: str = FORWARD
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -176,7 +185,7 @@ class Signature:
             raise UserError(f"{len(args)} positional arguments; the module takes {len(self.parameters)}")
         given = dict(zip(self.parameters, args, strict=False))
         for name, value in kwargs.items():
-            if name not in self.parameters:
+            if name not in self.parameters and not (VARIADIC in self.parameters and _neutral(value)):
                 raise UserError(f"unknown argument {name!r}{nearest(name, self.parameters)}")
             if name in given:
                 raise UserError(f"argument {name!r} is given twice")
@@ -197,16 +206,21 @@ class Signature:
         return self.output.unflatten(tensors)
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        json = {
             "parameters": list(self.parameters),
             "arguments": self.arguments.as_json(),
             "output": self.output.as_json(),
         }
+        return json if self.method == FORWARD else {**json, "method": self.method}
 
     @staticmethod
     def from_json(json: Mapping[str, Any]) -> Signature:
-        return Signature(tuple(json["parameters"]), Tree.from_json(json["arguments"]), Tree.from_json(json["output"]))
+        arguments, output = Tree.from_json(json["arguments"]), Tree.from_json(json["output"])
+        return Signature(tuple(json["parameters"]), arguments, output, str(json.get("method", FORWARD)))
 
 
 def _neutral(value: Any) -> bool:
-    return value is None or isinstance(value, bool) or (isinstance(value, (dict, list, tuple)) and not value)
+    # Pipelines hand every decoder a generator, and no graph draws random numbers.
+    if value is None or isinstance(value, (bool, Generator)):
+        return True
+    return isinstance(value, (dict, list, tuple)) and not value

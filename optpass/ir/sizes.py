@@ -8,6 +8,7 @@ by structure, and an order that depends on the call cannot be decided by acciden
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
+from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, ToFloat
 
 if TYPE_CHECKING:
     from optpass.ir.dimensions import Dimensions, Size
@@ -34,10 +36,15 @@ def open_rules(mode: FakeTensorMode) -> Iterator[None]:
     Kernels ask for layouts (``batch > 1``?) that no shape depends on, so a guard here says nothing; that a
     pass has not specialised a graph shows when it is executed at other sizes.
     """
-    environment = mode.shape_env
     # Without the Python dispatcher, composite kernels in C++ turn sizes into numbers.
-    with oblivious(), enable_python_dispatcher(), environment.suppress_guards() if environment else nullcontext():
+    with oblivious(), enable_python_dispatcher(), unguarded(mode):
         yield
+
+
+def unguarded(mode: FakeTensorMode) -> AbstractContextManager[Any]:
+    """Without torch noting what it asked about open sizes: a guard narrows the ranges of every graph of ``mode``."""
+    environment = mode.shape_env
+    return environment.suppress_guards() if environment else nullcontext()
 
 
 def oblivious() -> AbstractContextManager[Any]:
@@ -51,7 +58,21 @@ def size_of(value: Any) -> Any:
     if not isinstance(value, torch.SymInt):
         return value
     expression = value.node.expr
+    if expression.has(CeilToInt):
+        # arange(0.5, n): n - 0.5 rounded up, which nothing downstream can compute from n as it stands.
+        expression = expression.replace(CeilToInt, _rounded_up)
     return int(expression) if expression.is_number else expression
+
+
+def _rounded_up(value: Any) -> Any:
+    """⌈n + c⌉ as n + ⌈c⌉ for a whole n and a number c; ``CeilToInt(value)`` where it is not of that form."""
+    total = value.args[0] if isinstance(value, FloatTrueDiv) and value.args[1] == 1.0 else value
+    terms = sympy.Add.make_args(total)
+    whole = [term.args[0] for term in terms if isinstance(term, ToFloat)]
+    rest = [term for term in terms if not isinstance(term, ToFloat)]
+    if not all(term.is_number for term in rest):
+        return CeilToInt(value)
+    return sympy.Add(*whole, math.ceil(sum(map(float, rest))))
 
 
 def sizes_of(tensor: Tensor) -> tuple[Any, ...]:

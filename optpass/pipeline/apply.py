@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from optpass import __version__
 from optpass.analysis.cost import measure
+from optpass.capture.diffusers_pipeline import DENOISERS
 from optpass.capture.digest import identified
 from optpass.capture.precision import precision
-from optpass.capture.sources import capture
-from optpass.errors import OptpassError, UserError
+from optpass.capture.sources import capture, capture_pipeline
+from optpass.capture.spans import Sizes
+from optpass.errors import OptpassError, UserError, nearest
 from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
-from optpass.pipeline.evidence import Evidence, collect_evidence
+from optpass.pipeline.evidence import Evidence, Subject, collect_evidence
 from optpass.pipeline.gates import Gate
 from optpass.pipeline.manager import Callback, Event, PassRecord, run_passes
-from optpass.pipeline.recipe import Recipe
+from optpass.pipeline.recipe import OTHERS, Recipe
 from optpass.pipeline.records import machine, write_records
 from optpass.pipeline.reproducer import Reproducer
 from optpass.pipeline.request import Progress, Request
 from optpass.pipeline.target import LoweredEntry, Lowering
 from optpass.pipeline.verification import Verification
-from optpass.runtime.bundle import BundleWriter
+from optpass.runtime.bundle import BundleWriter, PartRecord, engine_digests, part_record
+from optpass.runtime.folder import neural_components
 
 REPORT_SCHEMA = 1
 
@@ -39,6 +42,28 @@ class Applied:
     report: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Part:
+    """One model on its way: a checkpoint's only one, or a component of a pipeline.
+
+    ``recipe`` is the recipe as it stands for this model alone, ``place`` where its engines lie, relative to
+    the bundle.
+    """
+
+    recipe: Recipe
+    original: Program
+    program: Program
+    records: Sequence[PassRecord] = ()
+    gates: Sequence[Mapping[str, Any]] = ()
+    place: str = "."
+    engines: Mapping[str, LoweredEntry] = field(default_factory=dict)
+    evidence: Evidence = field(default_factory=Evidence)
+
+    @property
+    def component(self) -> str:
+        return self.original.origin.component
+
+
 def apply(
     recipe: Recipe,
     request: Request,
@@ -48,6 +73,8 @@ def apply(
 ) -> Applied:
     """Apply ``recipe`` to a checkpoint and write the bundle, which appears under ``request.out`` only when finished.
 
+    A recipe with ``components`` is applied to each component of a pipeline that it lowers, one after another.
+
     Raises:
         UserError: the recipe, checkpoint, target or output cannot be taken as given.
         GateError: a gate did not hold; the reproducer is kept beside ``out``.
@@ -55,45 +82,88 @@ def apply(
     """
     started = time.perf_counter()
     recipe = replace(recipe, dtype=request.dtype or recipe.dtype)
-    lowers = not request.structure_only or recipe.target.structure_only
-    if lowers:
-        type(recipe.target).check_installed(recipe.target_name)
     with BundleWriter(request.out, force=request.force) as writer:
+        _check_target(recipe, request)
         progress("capture", 0.0)
-        original = _capture(recipe, request)
+        parts = _capture(recipe, request)
         progress("capture", 1.0)
-        if lowers and not recipe.target.structure_only and not original.has_values:
-            raise UserError(
-                f"{request.checkpoint} has no weights, and target {recipe.target_name!r} needs them; "
-                "pass --structure-only to get the report without engines"
-            )
-        program, records, gates = _run(recipe, request, original, callbacks, progress)
-        if lowers:
-            writer.reserve(program)
-        engines = _lower(recipe, request, program, writer.folder, progress) if lowers else {}
-        evidence = (
-            collect_evidence(recipe, request, original, program, engines, writer.folder, progress)
-            if engines and type(recipe.target).runs_here and program.has_values
-            else Evidence()
-        )
-        report = _report(recipe, original, program, records, gates, engines, evidence)
+        parts = [_run(part, request, callbacks, _named(part, parts, progress)) for part in parts]
+        main, *others = parts
+        if _lowers(main.recipe, request):
+            writer.reserve(*(part.program for part in parts))
+            parts = [_lower(part, request, writer.folder, _named(part, parts, progress)) for part in parts]
+            main, *others = parts = _measured(parts, request, writer.folder, progress)
+        report = _report(recipe, parts)
         report["command"] = request.command
-        report["structure_only"] = not program.has_values
+        report["structure_only"] = not main.program.has_values
         report["seconds"] = time.perf_counter() - started
         progress("write", 0.0)
-        write_records(writer.folder, recipe, report, evidence.clips)
-        writer.finish(program=program, target=recipe.target_name, options=recipe.target.as_options(), engines=engines)
+        write_records(writer.folder, recipe, report, main.evidence.clips)
+        writer.finish(
+            program=main.program,
+            target=main.recipe.target_name,
+            options=main.recipe.target.as_options(),
+            engines=main.engines,
+            folder=main.place,
+            parts=[_record(part) for part in others],
+            call=recipe.call,
+            digests={
+                name: digest for part in others for name, digest in engine_digests(part.engines, part.place).items()
+            },
+        )
         progress("write", 1.0)
     return Applied(request.out, report)
 
 
-def captured(recipe: Recipe, request: Request) -> Program:
-    """The checkpoint as ``recipe`` wants it, its weights lazy; no value is read.
+def _lowers(recipe: Recipe, request: Request) -> bool:
+    return not request.structure_only or recipe.target.structure_only
+
+
+def _check_target(recipe: Recipe, request: Request) -> None:
+    sections = [section for section in (recipe.components or {}).values() if section and section.target]
+    named = [(recipe.target_name, recipe.target), *((each.target_name, each.target) for each in sections)]
+    for name, target in named:
+        if target is not None and (not request.structure_only or target.structure_only):
+            type(target).check_installed(name)
+
+
+def _named(part: Part, parts: Sequence[Part], progress: Progress) -> Progress:
+    """``progress`` with the component's name before the stage, where there are several."""
+    if len(parts) == 1:
+        return progress
+    return lambda stage, fraction: progress(f"{part.component}: {stage}", fraction)
+
+
+def _capture(recipe: Recipe, request: Request) -> list[Part]:
+    """As :func:`captured_parts`, each with its checkpoint's identity."""
+    parts = [_identified(part) for part in captured_parts(recipe, request)]
+    for part in parts:
+        lowers = _lowers(part.recipe, request) and not part.recipe.target.structure_only
+        if lowers and not part.original.has_values:
+            what = f"{request.checkpoint}{f' ({part.component})' if len(parts) > 1 else ''}"
+            raise UserError(
+                f"{what} has no weights, and target {part.recipe.target_name!r} needs them; "
+                "pass --structure-only to get the report without engines"
+            )
+    return parts
+
+
+def captured_parts(recipe: Recipe, request: Request) -> list[Part]:
+    """The models that the recipe is about, as captured, the denoiser first; no value is read.
 
     Raises:
-        UserError: it cannot be captured.
+        UserError: one cannot be captured.
     """
-    return capture(
+    return _capture_components(recipe, request) if recipe.components is not None else _capture_one(recipe, request)
+
+
+def _identified(part: Part) -> Part:
+    program = identified(part.original)
+    return replace(part, original=program, program=program)
+
+
+def _capture_one(recipe: Recipe, request: Request) -> list[Part]:
+    program = capture(
         request.checkpoint,
         inputs={**recipe.inputs, **request.inputs},
         structure_only=request.structure_only,
@@ -103,28 +173,66 @@ def captured(recipe: Recipe, request: Request) -> Program:
         dtype=precision(recipe.dtype),
         floats=type(recipe.target).floats,
     )
+    return [Part(recipe, program, program)]
 
 
-def _capture(recipe: Recipe, request: Request) -> Program:
-    return identified(captured(recipe, request))
+def _capture_components(recipe: Recipe, request: Request) -> list[Part]:
+    if request.weights is not None:
+        raise UserError("--weights names one file, and the recipe's 'components' have weights each in its own folder")
+
+    def recipe_of(name: str) -> Recipe | None:
+        if request.component not in (None, name):
+            return None
+        return recipe.of_component(name, denoises=name in DENOISERS)
+
+    def wanted(name: str) -> Sizes | None:
+        own = recipe_of(name)
+        given = request.inputs if name == request.component or name in DENOISERS else {}
+        return None if own is None else {**own.inputs, **given}
+
+    programs = capture_pipeline(
+        request.checkpoint,
+        wanted,
+        call=recipe.call,
+        structure_only=request.structure_only,
+        trust_remote_code=request.trust_remote_code,
+        dtype=precision(recipe.dtype),
+        floats=type(recipe.target).floats,
+    )
+    named = {name for name, section in (recipe.components or {}).items() if section and name != OTHERS}
+    asked = named if request.component is None else {request.component}
+    for name in sorted(asked - set(programs)):
+        raise UserError(
+            f"{request.checkpoint}: the pipeline's call runs no model {name!r} that the recipe lowers"
+            f"{nearest(name, neural_components(Path(request.checkpoint)))}"
+        )
+    if not programs:
+        raise UserError(f"the recipe keeps every component of {request.checkpoint} as it is: nothing is left to do")
+    parts = []
+    for name, program in programs.items():
+        own = recipe_of(name)
+        assert own is not None
+        parts.append(Part(own, program, program, place=name))
+    return parts
 
 
-def _run(
-    recipe: Recipe, request: Request, original: Program, callbacks: Sequence[Callback], progress: Progress
-) -> tuple[Program, list[PassRecord], list[dict[str, Any]]]:
+def _run(part: Part, request: Request, callbacks: Sequence[Callback], progress: Progress) -> Part:
+    recipe = part.recipe
     gates = GateKeeper(recipe.gates, progress)
     folder = request.out.with_name(f"{request.out.name}.reproducer")
-    reproducer = Reproducer(folder, gates=[gate.as_document() for gate in recipe.gates])
+    # What is written is a model alone: its gates name no component.
+    alone = [gate.model_copy(update={"component": ""}).as_document() for gate in recipe.gates]
+    reproducer = Reproducer(folder, gates=alone)
     try:
         program, records = run_passes(
-            original, recipe.steps, [Verification(request.verify, request.seed), gates, *callbacks, reproducer]
+            part.original, recipe.steps, [Verification(request.verify, request.seed), gates, *callbacks, reproducer]
         )
     except UserError:
         raise
     except OptpassError as error:
         error.reproducer = reproducer.written
         raise
-    return program, records, gates.records
+    return replace(part, program=program, records=records, gates=gates.records)
 
 
 class GateKeeper:
@@ -147,26 +255,45 @@ class GateKeeper:
                 self.records.append(gate.check(Scope(event.original, event.after, self.progress)))
 
 
-def _lower(
-    recipe: Recipe, request: Request, program: Program, folder: Path, progress: Progress
-) -> dict[str, LoweredEntry]:
-    if unsupported := recipe.target.supports(program):
+def _lower(part: Part, request: Request, folder: Path, progress: Progress) -> Part:
+    target, name = part.recipe.target, part.recipe.target_name
+    if unsupported := target.supports(part.program):
         shown = "\n  ".join(f"{item.path}: {item.operator}: {item.reason}" for item in unsupported[:10])
-        raise UserError(f"target {recipe.target_name!r} cannot take {len(unsupported)} operators:\n  {shown}")
-    lowering = Lowering(folder, allow_nonfinite=request.allow_nonfinite, progress=progress)
-    return recipe.target.lower(program, lowering)
+        raise UserError(f"target {name!r} cannot take {len(unsupported)} operators:\n  {shown}")
+    place = folder / part.place
+    place.mkdir(exist_ok=True)
+    engines = target.lower(part.program, Lowering(place, allow_nonfinite=request.allow_nonfinite, progress=progress))
+    if part.place != "." and any("components" in engine.details for engine in engines.values()):
+        raise UserError(
+            f"target {name!r} writes a whole pipeline folder, for one component; of several it takes the default layout"
+        )
+    return replace(part, engines=engines)
 
 
-def _report(
-    recipe: Recipe,
-    original: Program,
-    program: Program,
-    records: Sequence[PassRecord],
-    gates: list[dict[str, Any]],
-    engines: Mapping[str, LoweredEntry],
-    evidence: Evidence,
-) -> dict[str, Any]:
-    origin = original.origin.as_json()
+def _measured(parts: Sequence[Part], request: Request, folder: Path, progress: Progress) -> list[Part]:
+    """The parts with the evidence of those whose target runs here; samples are the first one's."""
+    runnable = [p for p in parts if p.engines and type(p.recipe.target).runs_here and p.program.has_values]
+    subjects = [
+        Subject(
+            part.recipe.target,
+            part.original,
+            part.program,
+            part.engines,
+            folder / part.place,
+            _named(part, parts, progress),
+        )
+        for part in runnable
+    ]
+    found = dict(zip(map(id, runnable), collect_evidence(subjects, request, progress), strict=True))
+    return [replace(part, evidence=found.get(id(part), part.evidence)) for part in parts]
+
+
+def _record(part: Part) -> PartRecord:
+    return part_record(part.program, part.recipe.target_name, part.recipe.target.as_options(), part.engines, part.place)
+
+
+def _report(recipe: Recipe, parts: Sequence[Part]) -> dict[str, Any]:
+    """The main part's sections, as for a model alone; of several, a record of each under ``components``."""
     return {
         "schema_version": REPORT_SCHEMA,
         "optpass": __version__,
@@ -174,27 +301,39 @@ def _report(
         "name": recipe.name,
         "description": recipe.description,
         "recipe": recipe.as_document(),
-        "checkpoint": {key: origin[key] for key in ("name", "kind", "class", "component", "sha256", "pipeline")},
-        "inputs": {spec.name: list(spec.shape) for graph in original.entries.values() for spec in graph.inputs},
-        "dimensions": [item.as_json() for graph in original.entries.values() for item in graph.dimensions],
-        "before": (records[0].before if records else measure(original)).as_json(),
-        "after": (records[-1].after if records else measure(program)).as_json(),
-        "passes": [record.as_json() for record in records],
-        "gates": gates,
-        "target": {"name": recipe.target_name, "options": recipe.target.as_options(), "verified": evidence.verified},
-        "engines": [_engine(name, engine) for name, engine in engines.items()],
-        "engine_difference": evidence.difference,
-        "latency": evidence.latency,
-        "samples": evidence.samples,
+        **_part_report(parts[0]),
+        "gates": [gate for part in parts for gate in part.gates],
+        "samples": parts[0].evidence.samples,
         "machine": machine(),
+        **({"components": [_part_report(part) for part in parts]} if recipe.components is not None else {}),
     }
 
 
-def _engine(entry: str, engine: LoweredEntry) -> dict[str, Any]:
+def _part_report(part: Part) -> dict[str, Any]:
+    origin, recipe, records = part.original.origin.as_json(), part.recipe, part.records
+    return {
+        "checkpoint": {key: origin[key] for key in ("name", "kind", "class", "component", "sha256", "pipeline")},
+        "inputs": {spec.name: list(spec.shape) for graph in part.original.entries.values() for spec in graph.inputs},
+        "dimensions": [item.as_json() for graph in part.original.entries.values() for item in graph.dimensions],
+        "before": (records[0].before if records else measure(part.original)).as_json(),
+        "after": (records[-1].after if records else measure(part.program)).as_json(),
+        "passes": [record.as_json() for record in records],
+        "target": {
+            "name": recipe.target_name,
+            "options": recipe.target.as_options(),
+            "verified": part.evidence.verified,
+        },
+        "engines": [_engine(name, engine, part.place) for name, engine in part.engines.items()],
+        "engine_difference": part.evidence.difference,
+        "latency": part.evidence.latency,
+    }
+
+
+def _engine(entry: str, engine: LoweredEntry, place: str) -> dict[str, Any]:
     details = dict(engine.details)
     return {
         "entry": entry,
-        "file": engine.main,
+        "file": PurePosixPath(place, engine.main).as_posix(),
         "bytes": details.pop("bytes", None),
         "nodes": details.pop("nodes", None),
         "details": details,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,11 +15,15 @@ from optpass.pipeline.options import validated
 
 
 class Gate(BaseModel):
-    """One bound. The metric compares the Program after the pass with the Program as captured."""
+    """One bound. The metric compares the Program after the pass with the Program as captured.
+
+    ``component`` is the component of a pipeline whose pass is meant; the denoiser's when empty.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     after: str
+    component: str = ""
     metric: str
     min: float | None = None
     max: float | None = None
@@ -34,7 +38,8 @@ class Gate(BaseModel):
         return self
 
     def as_document(self) -> dict[str, Any]:
-        return self.model_dump(exclude_none=True)
+        document = self.model_dump(exclude_none=True)
+        return document if self.component else {k: v for k, v in document.items() if k != "component"}
 
     def check(self, scope: Scope) -> dict[str, Any]:
         """Measure, and return the record for the report.
@@ -48,14 +53,15 @@ class Gate(BaseModel):
         record = {**self.as_document(), "value": value, "held": held}
         if not held:
             bound = f"at least {self.min:g}" if self.min is not None else f"at most {self.max:g}"
-            error = GateError(f"gate after {self.after!r}: {self.metric} is {value:.4g}, the recipe asks for {bound}")
+            place = f"{self.component}: {self.after}" if self.component else self.after
+            error = GateError(f"gate after {place!r}: {self.metric} is {value:.4g}, the recipe asks for {bound}")
             error.add_note(str(record))
             raise error
         return record
 
 
-def gate_of(data: Mapping[str, Any], passes: Sequence[str]) -> Gate:
-    """A gate from a recipe's entry, checked against the recipe's passes.
+def gate_of(data: Mapping[str, Any], passes: Callable[[str], Sequence[str]]) -> Gate:
+    """A gate from a recipe's entry; ``passes`` gives the names of a component's passes.
 
     Raises:
         UserError: the kind or metric is not built, the pass is not in the recipe, or no bound is given.
@@ -69,6 +75,8 @@ def gate_of(data: Mapping[str, Any], passes: Sequence[str]) -> Gate:
     gate = validated(Gate, data, "gate")
     if gate.metric not in METRICS:
         raise UserError(f"gate: unknown metric {gate.metric!r}{nearest(gate.metric, METRICS)}")
-    if gate.after not in passes:
-        raise UserError(f"gate: 'after' names {gate.after!r}, not a pass of this recipe{nearest(gate.after, passes)}")
+    known = passes(gate.component)
+    if gate.after not in known:
+        whose = f"{gate.component} in this recipe" if gate.component else "this recipe"
+        raise UserError(f"gate: 'after' names {gate.after!r}, not a pass of {whose}{nearest(gate.after, known)}")
     return gate

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +20,17 @@ from optpass.pipeline.registry import pass_class, recipe_files, target_class
 from optpass.pipeline.target import Target
 
 Named = str | dict[str, dict[str, Any] | None]
+ALL, OTHERS, KEEP = "all", "*", "keep"
+
+
+class _Section(BaseModel):
+    """What a recipe says about one component of a pipeline."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    inputs: dict[str, list[int | str] | int | str] = Field(default_factory=dict)
+    passes: list[Named] = Field(default_factory=list)
+    target: Named | None = None
 
 
 class _Document(BaseModel):
@@ -34,6 +45,8 @@ class _Document(BaseModel):
     passes: list[Named] = Field(default_factory=list)
     gates: list[dict[str, Any]] = Field(default_factory=list)
     target: Named = "onnxruntime"
+    components: Literal["all"] | list[str] | dict[str, Literal["keep"] | dict[str, Any] | None] | None = None
+    call: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,31 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Section:
+    """What is done to one component of a pipeline; ``target`` ``None`` is the recipe's own."""
+
+    inputs: Sizes = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    target_name: str = ""
+    target: Target | None = None
+
+    def as_document(self) -> dict[str, Any]:
+        document: dict[str, Any] = {
+            "inputs": {name: as_written(shape) for name, shape in self.inputs.items()},
+            "passes": [{step.name: step.record.as_options()} for step in self.steps],
+        }
+        return document | ({"target": {self.target_name: self.target.as_options()}} if self.target else {})
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. ``dtype`` is what the checkpoint is captured in, ``auto`` its own dtype."""
+    """A checked recipe. ``dtype`` is what the checkpoint is captured in, ``auto`` its own dtype.
+
+    ``components`` says what becomes of a pipeline's components: a :class:`Section` for one that is lowered,
+    ``None`` for one that is carried as it is, under ``"*"`` for all that are not named; the whole mapping is
+    ``None`` for a recipe that is about the denoiser alone. ``inputs`` and ``steps`` are the denoiser's, and
+    ``call`` are arguments of the pipeline's call that give all components their sizes.
+    """
 
     name: str
     description: str
@@ -56,10 +92,36 @@ class Recipe:
     target_name: str
     target: Target
     dtype: str = AUTO
+    components: Mapping[str, Section | None] | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    def of_component(self, component: str, *, denoises: bool) -> Recipe | None:
+        """This recipe as it stands for one component of a pipeline alone; ``None`` when that is carried as it is.
+
+        Raises:
+            UserError: the denoiser has passes of its own beside the recipe's.
+        """
+        sections = self.components or {}
+        section = sections.get(component, sections.get(OTHERS))
+        own = tuple(gate for gate in self.gates if gate.component == component or (denoises and not gate.component))
+        if section is None and (component in sections or not denoises):
+            return None
+        section = section or Section()
+        if denoises and section.steps and self.steps:
+            raise UserError(f"the recipe has 'passes' and passes of {component}: both are the denoiser's; keep one")
+        return replace(
+            self,
+            inputs={**(self.inputs if denoises else {}), **section.inputs},
+            steps=section.steps or (self.steps if denoises else ()),
+            gates=own,
+            target_name=section.target_name or self.target_name,
+            target=section.target or self.target,
+            components=None,
+        )
 
     def as_document(self) -> dict[str, Any]:
         """The recipe with every option resolved, as it goes into the lock file."""
-        return {
+        document: dict[str, Any] = {
             "name": self.name,
             "description": self.description,
             "inputs": {name: as_written(shape) for name, shape in self.inputs.items()},
@@ -68,6 +130,10 @@ class Recipe:
             "gates": [gate.as_document() for gate in self.gates],
             "target": {self.target_name: self.target.as_options()},
         }
+        if self.components is not None:
+            sections = {name: section.as_document() if section else KEEP for name, section in self.components.items()}
+            document |= {"components": sections}
+        return document | ({"call": dict(self.call)} if self.call else {})
 
 
 def find_recipe(name: str) -> Path:
@@ -121,26 +187,62 @@ def make_recipe(
         used.add(name)
         return name, {**options, **pending.get(name, {})}
 
+    def section_of(name: str, given: Any) -> Section | None:
+        if given == KEEP:
+            return None
+        part = validated(_Section, given or {}, f"components: {name}")
+        chosen = target or part.target
+        lowering = resolved(chosen, "target") if chosen and part.target else ("", {})
+        return Section(
+            {key: _sizes(key, shape) for key, shape in part.inputs.items()},
+            tuple(_step(*resolved(item, "pass")) for item in part.passes),
+            lowering[0],
+            target_class(lowering[0]).of(*lowering) if lowering[0] else None,
+        )
+
     steps = tuple(_step(*resolved(item, "pass")) for item in document.passes)
+    sections = _sections(document.components, section_of)
     target_name, target_options = resolved(target or document.target, "target")
     target_record = target_class(target_name).of(target_name, target_options)
     if stray := set(pending) - used:
         name = sorted(stray)[0]
         raise UserError(f"--set {name}.…: the recipe has no {name!r}{nearest(name, used)}")
-    gates = tuple(gate_of(gate, [step.name for step in steps]) for gate in document.gates)
     recipe = Recipe(
         document.name or default_name,
         document.description,
         {name: _sizes(name, shape) for name, shape in document.inputs.items()},
         steps,
-        gates,
+        tuple(gate_of(gate, _pass_names(steps, sections or {})) for gate in document.gates),
         target_name,
         target_record,
         document.dtype,
+        sections,
+        document.call,
     )
     precision(recipe.dtype)
     check_legality(recipe)
     return recipe
+
+
+def _sections(document: Any, section_of: Callable[[str, Any], Section | None]) -> dict[str, Section | None] | None:
+    """``components:`` in any of its forms → sections by component name; ``None`` when there is none."""
+    if document is None:
+        return None
+    if document == ALL:
+        return {OTHERS: section_of(OTHERS, None)}
+    if isinstance(document, list):
+        return {name: section_of(name, None) for name in document}
+    return {name: section_of(name, given) for name, given in document.items()}
+
+
+def _pass_names(steps: tuple[Step, ...], sections: Mapping[str, Section | None]) -> Callable[[str], list[str]]:
+    """For a component's name, those of its passes; for the empty name, those of the recipe's own."""
+
+    def names(component: str) -> list[str]:
+        section = sections.get(component, sections.get(OTHERS)) if component else None
+        return [step.name for step in (section.steps if section else () if component else steps)]
+
+    return names
 
 
 def check_legality(recipe: Recipe) -> None:
@@ -149,10 +251,16 @@ def check_legality(recipe: Recipe) -> None:
     Raises:
         UserError: a ``retrain`` pass is followed by nothing that trains.
     """
-    for index, step in enumerate(recipe.steps):
+    for section in (recipe, *(recipe.components or {}).values()):
+        if section is not None:
+            _check_healing(section.steps)
+
+
+def _check_healing(steps: tuple[Step, ...]) -> None:
+    for index, step in enumerate(steps):
         if step.record.contract.kind != "retrain":
             continue
-        if not any(later.record.heals for later in recipe.steps[index + 1 :]):
+        if not any(later.record.heals for later in steps[index + 1 :]):
             raise UserError(
                 f"pass {step.name!r} makes new parameters whose quality is undefined: "
                 "put a healing pass after it in the recipe"

@@ -6,15 +6,15 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
 from pydantic import BaseModel
 
 from optpass import __version__
-from optpass.errors import UserError
+from optpass.errors import UserError, nearest
 from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import TensorSpec
 from optpass.ir.hashing import file_digest
@@ -28,7 +28,7 @@ from optpass.runtime.workfolder import WorkFolder
 
 MANIFEST = "manifest.json"
 COMPONENTS = "components"
-SCHEMA = 1
+SCHEMA = 2
 
 
 class FileRecord(BaseModel):
@@ -113,22 +113,62 @@ class RangeRecord(BaseModel):
     distribution: str
 
 
-class Manifest(BaseModel):
-    """``manifest.json``. ``components`` is the folder of the pipeline's other parts, relative to the bundle."""
+class PartRecord(BaseModel):
+    """One lowered Program. Its entries' files are relative to ``folder``, which is relative to the bundle."""
 
-    schema_version: int
-    optpass: str
     target: TargetRecord
     entries: dict[str, EntryRecord]
     loop: LoopRecord | None = None
     ranges: dict[str, RangeRecord] = {}
     origin: dict[str, Any] = {}
-    components: str | None = None
-    files: dict[str, FileRecord]
+    folder: str = "."
+
+    @property
+    def component(self) -> str:
+        """The pipeline's name of the component; empty for a model alone."""
+        return str(self.origin.get("component", ""))
 
     def input_ranges(self) -> dict[str, InputRange]:
         """The captured ranges, by input name."""
         return {name: InputRange(span.low, span.high, span.distribution) for name, span in self.ranges.items()}
+
+    def engine_files(self) -> list[str]:
+        """The entries' main files, relative to the bundle."""
+        folder = PurePosixPath(self.folder)
+        return [(folder / entry.engine).as_posix() for entry in self.entries.values()]
+
+
+class Manifest(PartRecord):
+    """``manifest.json``: the main Program (a pipeline's denoiser) and ``parts``, a pipeline's other lowered components.
+
+    ``components`` is the folder of everything that is carried as it is, relative to the bundle; ``call`` are
+    arguments of the pipeline's call that the engines' sizes belong to.
+    """
+
+    schema_version: int
+    optpass: str
+    parts: list[PartRecord] = []
+    components: str | None = None
+    call: dict[str, Any] = {}
+    files: dict[str, FileRecord]
+
+    def all_parts(self) -> list[PartRecord]:
+        """The main part and the others."""
+        return [self, *self.parts]
+
+    def part(self, component: str | None) -> PartRecord:
+        """The part of a component; ``None`` for the main one.
+
+        Raises:
+            UserError: the bundle has no engine of it.
+        """
+        if component is None:
+            return self
+        names = [part.component for part in self.all_parts()]
+        for part in self.all_parts():
+            if part.component == component:
+                return part
+        raise UserError(f"the bundle has no engine of {component!r}{nearest(component, names)}")
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -150,12 +190,13 @@ def read_manifest(bundle: Path) -> Manifest:
     if version > SCHEMA:
         raise UserError(f"{path} has schema {version}, and this optpass reads up to {SCHEMA}: install a newer optpass")
     manifest = validated(Manifest, data, f"{path} is damaged")
-    for name in [*manifest.files, *(entry.engine for entry in manifest.entries.values())]:
+    for name in [*manifest.files, *(name for part in manifest.all_parts() for name in part.engine_files())]:
         file_inside(bundle, name)
     if manifest.components is not None:
         file_inside(bundle, manifest.components)
-    if manifest.loop and manifest.entries and manifest.loop.entry not in manifest.entries:
-        raise UserError(f"{path} is damaged: the loop's entry {manifest.loop.entry!r} is not there")
+    for part in manifest.all_parts():
+        if part.loop and part.entries and part.loop.entry not in part.entries:
+            raise UserError(f"{path} is damaged: the loop's entry {part.loop.entry!r} is not there")
     return manifest
 
 
@@ -182,9 +223,9 @@ def verify_files(bundle: Path, manifest: Manifest) -> None:
     Raises:
         UserError: a file is missing or changed, or an engine has no hash.
     """
-    for entry in manifest.entries.values():
-        if entry.engine not in manifest.files:
-            raise UserError(f"{bundle / MANIFEST} is damaged: it has no hash of the engine {entry.engine}")
+    for engine in (name for part in manifest.all_parts() for name in part.engine_files()):
+        if engine not in manifest.files:
+            raise UserError(f"{bundle / MANIFEST} is damaged: it has no hash of the engine {engine}")
     for name, record in manifest.files.items():
         path = file_inside(bundle, name)
         if not path.is_file():
@@ -239,14 +280,16 @@ class BundleWriter:
             if error is not None and _is_full(error):
                 raise self._full(max(written, self._expected)) from error
 
-    def reserve(self, program: Program) -> None:
+    def reserve(self, program: Program, *others: Program) -> None:
         """Refuse now what cannot fit: the weights and the pipeline's other components.
 
         Raises:
             UserError: the disk has less space than they take.
         """
-        parts = component_files(program.origin).values()
-        used = sum(expression.nbytes for expression in program.used_weights().values() if expression.has_values)
+        programs = (program, *others)
+        parts = component_files(program.origin, _names(programs)).values()
+        weights = (expression for each in programs for expression in each.used_weights().values())
+        used = sum(expression.nbytes for expression in weights if expression.has_values)
         self._expected = used + sum(path.stat().st_size for path in parts)
         if shutil.disk_usage(self.folder.parent).free < self._expected:
             raise self._full(self._expected)
@@ -258,29 +301,35 @@ class BundleWriter:
         target: str,
         options: Mapping[str, Any],
         engines: Mapping[str, LoweredEntry],
+        folder: str = ".",
+        parts: Sequence[PartRecord] = (),
+        call: Mapping[str, Any] | None = None,
+        digests: Mapping[str, str] | None = None,
     ) -> Manifest:
         """Add the pipeline's other components and the manifest, with a hash of every file in :attr:`folder`.
 
         Files that were hashed as they were written are not read again. With no ``engines`` (structure
-        only) the bundle is a report.
+        only) the bundle is a report. ``parts`` are the records of further Programs of the pipeline, each
+        lowered into a folder of its own; ``folder`` is that of ``program``, ``digests`` are hashes of files
+        of ``parts`` by their paths in the bundle.
         """
-        digests = {name: digest for engine in engines.values() for name, digest in engine.digests.items()}
+        digests = engine_digests(engines, folder) | dict(digests or {})
         components = next(
             (entry.details["components"] for entry in engines.values() if "components" in entry.details), None
         )
-        if components is None and engines and component_files(program.origin):
+        optimised = {program.origin.component, *(part.component for part in parts)}
+        if components is None and engines and component_files(program.origin, optimised):
             components = COMPONENTS
-            copied = copy_components(program.origin, self.folder / COMPONENTS)
+            copied = copy_components(program.origin, self.folder / COMPONENTS, optimised)
             digests |= {f"{COMPONENTS}/{name}": digest for name, digest in copied.items()}
+        main = part_record(program, target, options, engines, folder)
         manifest = Manifest(
+            **dict(main),
             schema_version=SCHEMA,
             optpass=__version__,
-            target=TargetRecord(name=target, options=dict(options)),
-            entries={name: _entry(program, name, engine) for name, engine in engines.items()},
-            loop=LoopRecord(entry=program.loop.entry) if program.loop else None,
-            ranges={name: RangeRecord(**span.as_json()) for name, span in program.ranges.items()},
-            origin=program.origin.as_json(),
+            parts=list(parts),
             components=components,
+            call=dict(call or {}),
             files=_records(self.folder, digests),
         )
         (self.folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
@@ -318,6 +367,30 @@ class BundleWriter:
             f"no space for {self.out}: it needs {needed:,} bytes or more, and the disk has {free:,} free; "
             "nothing was left behind"
         )
+
+
+def engine_digests(engines: Mapping[str, LoweredEntry], folder: str) -> dict[str, str]:
+    """Hashes of engines' files that were taken as they were written, by their paths in the bundle."""
+    place = PurePosixPath(folder)
+    return {(place / name).as_posix(): value for engine in engines.values() for name, value in engine.digests.items()}
+
+
+def part_record(
+    program: Program, target: str, options: Mapping[str, Any], engines: Mapping[str, LoweredEntry], folder: str
+) -> PartRecord:
+    """The record of ``program``, lowered to ``engines`` in ``folder`` of the bundle."""
+    return PartRecord(
+        target=TargetRecord(name=target, options=dict(options)),
+        entries={name: _entry(program, name, engine) for name, engine in engines.items()},
+        loop=LoopRecord(entry=program.loop.entry) if program.loop else None,
+        ranges={name: RangeRecord(**span.as_json()) for name, span in program.ranges.items()},
+        origin=program.origin.as_json(),
+        folder=folder,
+    )
+
+
+def _names(programs: Sequence[Program]) -> list[str]:
+    return [program.origin.component for program in programs]
 
 
 def _entry(program: Program, name: str, engine: LoweredEntry) -> EntryRecord:

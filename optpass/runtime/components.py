@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from optpass.errors import UserError
@@ -14,11 +14,12 @@ WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".m
 CODE_SUFFIXES = frozenset({".py", ".pyc", ".so", ".dll", ".dylib"})
 
 
-def component_files(origin: Origin) -> dict[str, Path]:
+def component_files(origin: Origin, optimised: Collection[str] = ()) -> dict[str, Path]:
     """Files to carry, by path relative to the pipeline folder.
 
     Everything but code, hidden files, single-file checkpoints beside ``model_index.json``, and the
-    weights of the component that was optimised, whose configuration stays.
+    weights of the components that were ``optimised`` (by default ``origin.component`` alone), whose
+    configurations stay.
 
     Raises:
         UserError: a link leaves the pipeline folder (a download cache's own links excepted).
@@ -26,10 +27,11 @@ def component_files(origin: Origin) -> dict[str, Path]:
     folder = origin.path
     if folder is None or not origin.pipeline:
         return {}
-    return {str(path.relative_to(folder)): path for path in _walk(folder) if _is_carried(path, folder, origin)}
+    without = [folder / name for name in optimised or (origin.component,)]
+    return {str(path.relative_to(folder)): path for path in _walk(folder) if _is_carried(path, folder, without)}
 
 
-def copy_components(origin: Origin, destination: Path) -> dict[str, str]:
+def copy_components(origin: Origin, destination: Path, optimised: Collection[str] = ()) -> dict[str, str]:
     """Copy :func:`component_files` under ``destination``; links arrive as the files they name.
 
     Returns the hex SHA-256 of every copy by its path relative to ``destination``.
@@ -38,7 +40,7 @@ def copy_components(origin: Origin, destination: Path) -> dict[str, str]:
         UserError: as :func:`component_files`.
     """
     digests = {}
-    for name, source in component_files(origin).items():
+    for name, source in component_files(origin, optimised).items():
         target = destination / name
         target.parent.mkdir(parents=True, exist_ok=True)
         digests[Path(name).as_posix()] = copy_hashed(source, target)
@@ -66,11 +68,11 @@ def _check_link(path: Path, folder: Path) -> None:
         raise UserError(f"{path} is a link that leaves the checkpoint's folder; put the file itself in its place")
 
 
-def _is_carried(path: Path, folder: Path, origin: Origin) -> bool:
+def _is_carried(path: Path, folder: Path, without: Collection[Path]) -> bool:
     if path.suffix in CODE_SUFFIXES:
         return False
     if path.parent == folder:
         return path.suffix not in WEIGHT_SUFFIXES
-    if not path.is_relative_to(folder / origin.component):
+    if not any(path.is_relative_to(part) for part in without):
         return True
     return path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(".index.json")

@@ -1,42 +1,81 @@
-"""``optpass.load``: a bundle on disk → a module that is called as the captured one was."""
+"""``optpass.load`` and ``optpass.load_pipeline``: a bundle on disk → modules called as the captured ones were."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from optpass.errors import UserError
 from optpass.pipeline.registry import target_class
-from optpass.runtime.bundle import read_manifest, verify_files
-from optpass.runtime.module import EngineModule
+from optpass.runtime.bundle import Manifest, PartRecord, read_manifest, verify_files
+from optpass.runtime.module import EngineModule, component_of
 
 
-def load(bundle: str | Path, *, verify: bool = True) -> EngineModule:
+def load(bundle: str | Path, *, component: str | None = None, verify: bool = True) -> EngineModule:
     """The engine of ``bundle``, with the captured module's call signature and output type.
 
-    ``verify`` compares every file with the hash in the manifest first.
+    ``component`` chooses one of a pipeline's components that were lowered (default: the denoiser). One that
+    a pipeline calls by other methods than its own call has these (``vae.decode``). ``verify`` compares every
+    file with the hash in the manifest first.
 
     Raises:
-        UserError: the folder is no bundle or a damaged one, holds a report alone, or its target is not
-            installed here or runs on other hardware only.
+        UserError: the folder is no bundle or a damaged one, holds a report alone or no engine of
+            ``component``, or its target is not installed here or runs on other hardware only.
     """
     folder = Path(bundle)
+    manifest = _opened(folder, verify)
+    return _load_part(folder, manifest.part(component))
+
+
+def load_pipeline(bundle: str | Path, *, verify: bool = True) -> Any:
+    """The diffusers pipeline of ``bundle``: engines where components were lowered, the carried modules elsewhere.
+
+    Its class is diffusers' own (or :class:`~optpass.runtime.class_to_video.ClassToVideoPipeline`); no code of the
+    checkpoint runs. Carried modules compute in float32.
+
+    Raises:
+        UserError: as :func:`load`, or the bundle carries no pipeline of such a class.
+    """
+    folder = Path(bundle)
+    manifest = _opened(folder, verify)
+    if manifest.components is None:
+        raise UserError(f"{folder} holds a model and no pipeline; load it with optpass.load")
+    from optpass.runtime.folder import build_pipeline
+
+    return build_pipeline(folder / manifest.components, load_parts(folder, manifest))
+
+
+def load_parts(folder: Path, manifest: Manifest) -> dict[str, EngineModule]:
+    """Every lowered component by its name in the pipeline; files were verified by the caller."""
+    return {part.component: _load_part(folder, part) for part in manifest.all_parts()}
+
+
+def _opened(folder: Path, verify: bool) -> Manifest:
     manifest = read_manifest(folder)
     if not manifest.entries:
         raise UserError(f"{folder} holds a report and no engine: it was made with --structure-only")
     if verify:
         verify_files(folder, manifest)
-    name = manifest.target.name
+    return manifest
+
+
+def _load_part(folder: Path, part: PartRecord) -> EngineModule:
+    name = part.target.name
     target = target_class(name)
     target.check_installed(name)
     if not target.runs_here:
         raise UserError(f"{folder} was built for target {name!r}, which does not run on this machine")
-    entry = manifest.entries[manifest.loop.entry if manifest.loop else next(iter(manifest.entries))]
-    runner = target.load(folder, entry.model_dump(), manifest.target.options)
-    return EngineModule(
-        entry.call(),
-        tuple(record.spec() for record in entry.inputs),
-        tuple(record.spec() for record in entry.outputs),
-        runner,
-        config=manifest.origin.get("config"),
-        dimensions=entry.open_dimensions(),
-    )
+    entries = {part.loop.entry: part.entries[part.loop.entry]} if part.loop else part.entries
+    engines = {}
+    for key, entry in entries.items():
+        engines[key] = EngineModule(
+            entry.call(),
+            tuple(record.spec() for record in entry.inputs),
+            tuple(record.spec() for record in entry.outputs),
+            target.load(folder / part.folder, entry.model_dump(), part.target.options),
+            config=part.origin.get("config"),
+            dimensions=entry.open_dimensions(),
+            library=str(part.origin.get("library", "")),
+            class_name=str(part.origin.get("class", "")),
+        )
+    return component_of(engines)

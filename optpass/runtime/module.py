@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
-from types import SimpleNamespace
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, lru_cache
+from types import MethodType
 from typing import Any, Self
 
 import torch
@@ -14,14 +16,15 @@ from optpass.errors import UserError, nearest
 from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import FixedSpec, TensorSpec
 from optpass.ir.program import Program
-from optpass.ir.signature import Signature
+from optpass.ir.signature import FORWARD, Signature
 from optpass.pipeline.target import Runner
+from optpass.runtime.library import library_class, model_config, model_skeleton
 
 
 class Config(dict[str, Any]):
     """A model's configuration, readable as attributes, as diffusers' own is.
 
-    A key that the checkpoint leaves out has the default of its diffusers class.
+    A key that the checkpoint leaves out has the default of its diffusers class or transformers model type.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -29,16 +32,17 @@ class Config(dict[str, Any]):
             return self[name]
         except KeyError:
             defaults = _class_defaults(str(self.get("_class_name", "")))
-        if name not in defaults:
+        if name in defaults:
+            return defaults[name]
+        settings = model_config(self) if "model_type" in self else None
+        if name.startswith("__") or not hasattr(settings, name):
             raise AttributeError(f"the model's config has no {name!r}")
-        return defaults[name]
+        return getattr(settings, name)
 
 
 @lru_cache(maxsize=8)
 def _class_defaults(name: str) -> Mapping[str, Any]:
     """Defaults of the constructor of diffusers' model class ``name``; empty for any other name."""
-    import inspect
-
     import diffusers
 
     if name not in diffusers._import_structure["models"]:
@@ -50,7 +54,8 @@ def _class_defaults(name: str) -> Mapping[str, Any]:
 class EngineModule(nn.Module):
     """An engine that is called as the captured module was, and returns what it returned.
 
-    Inputs are converted to the engine's dtypes; Python numbers serve for scalar tensors. Floating
+    ``precision``, where a pipeline sets it, is the dtype that it computes in around the engine. Inputs are
+    converted to the engine's dtypes; Python numbers serve for scalar tensors. Floating
     outputs have the dtype of the first floating input that was given, and lie on its device, as they
     would with a model of that dtype.
     """
@@ -64,6 +69,8 @@ class EngineModule(nn.Module):
         *,
         config: Mapping[str, Any] | None = None,
         dimensions: Dimensions = FIXED,
+        library: str = "",
+        class_name: str = "",
     ) -> None:
         super().__init__()
         self.signature = signature
@@ -72,23 +79,52 @@ class EngineModule(nn.Module):
         self.dimensions = dimensions
         self.runner = runner
         self.config = Config(config or {})
+        self.library = library
+        self.class_name = class_name
+        self.precision: torch.dtype | None = None
         self._device = torch.device("cpu")
+        original = library_class(library, class_name)
+        if original is not None:
+            # Pipelines ask forward for its parameters to see what it takes.
+            self.forward = _with_signature(self.forward, original.forward)  # type: ignore[method-assign]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating input: what a pipeline should prepare its tensors in."""
-        return next((spec.dtype for spec in self.inputs if spec.dtype.is_floating_point), torch.float32)
+        """What a pipeline should prepare its tensors in: ``precision``, or the first floating input's, or output's."""
+        if self.precision is not None:
+            return self.precision
+        specs = (*self.inputs, *self.outputs)
+        return next((spec.dtype for spec in specs if spec.dtype.is_floating_point), torch.float32)
 
     @property
     def device(self) -> torch.device:
         """Where the pipeline has put its tensors; the engine itself runs where its target runs it."""
         return self._device
 
-    @property
-    def add_embedding(self) -> Any:
-        """SVD's and SDXL's pipelines read ``add_embedding.linear_1.in_features`` to check their conditioning."""
-        size = self.config.get("projection_class_embeddings_input_dim")
-        return SimpleNamespace(linear_1=SimpleNamespace(in_features=size))
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """One empty parameter: pipelines take a model's dtype and device from its first."""
+        yield nn.Parameter(torch.empty(0, dtype=self.dtype, device=self.device), requires_grad=False)
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """diffusers' transformers have hooks that tell passes of a step apart; an engine has none."""
+        return nullcontext()
+
+    @cached_property
+    def _skeleton(self) -> nn.Module | None:
+        return model_skeleton(self.library, self.class_name, self.config)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the captured model that are no methods: sizes of layers, scale factors …"""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Underscored names are how libraries ask for their own hooks.
+            if name.startswith("_") or self._skeleton is None:
+                raise
+            found = getattr(self._skeleton, name)
+            if isinstance(found, MethodType):
+                raise AttributeError(f"{self.class_name}.{name} is not in the engine: it was not captured") from None
+            return found
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Remember the device, for :attr:`device`; dtype and place of the engine are fixed."""
@@ -113,6 +149,8 @@ class EngineModule(nn.Module):
         given = self.signature.bind(args, kwargs)
         tensors = self.checked(given)
         like = next((v for v in given.values() if isinstance(v, Tensor) and v.is_floating_point()), None)
+        if like is None and self.precision is not None:
+            like = torch.empty(0, dtype=self.precision, device=self.device)
         found = {name: _as(value, like) for name, value in self.runner(tensors).items()}
         return self.signature.result(found, return_dict=return_dict)
 
@@ -144,23 +182,83 @@ class EngineModule(nn.Module):
         return tuple(spec.at(chosen) for spec in self.inputs)
 
 
-def program_module(program: Program, entry: str) -> EngineModule:
-    """An entry of a Program in memory, executed by PyTorch, behind the captured module's call.
+class EngineMethods(EngineModule):
+    """Engines behind several methods of one module (``decode``, ``encode`` …), each called as the captured one was.
+
+    ``methods`` are engines by method name. The first one's signature, inputs, outputs and runner are this module's.
+    """
+
+    def __init__(self, methods: Mapping[str, EngineModule]) -> None:
+        first = next(iter(methods.values()))
+        super().__init__(
+            first.signature,
+            first.inputs,
+            first.outputs,
+            first.runner,
+            config=first.config,
+            dimensions=first.dimensions,
+            library=first.library,
+            class_name=first.class_name,
+        )
+        self.methods = dict(methods)
+        for name, engine in methods.items():
+            if name != FORWARD:
+                setattr(self, name, engine.__call__)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+            UserError: the module's own call was not captured, or as that of :class:`EngineModule`.
+        """
+        if FORWARD not in self.methods:
+            raise UserError(f"this engine has {', '.join(self.methods)} of {self.class_name}, not its forward")
+        return self.methods[FORWARD](*args, **kwargs)
+
+
+def component_of(engines: Mapping[str, EngineModule]) -> EngineModule:
+    """One module of a component's entries: the only one's engine, or an :class:`EngineMethods`."""
+    methods: dict[str, EngineModule] = {}
+    for engine in engines.values():
+        methods.setdefault(engine.signature.method, engine)
+    return methods[FORWARD] if set(methods) == {FORWARD} else EngineMethods(methods)
+
+
+def engine_module(program: Program, entry: str, runner: Runner) -> EngineModule:
+    """``runner`` behind the call that ``entry`` of ``program`` was captured from."""
+    graph, origin = program.entries[entry], program.origin
+    return EngineModule(
+        graph.signature,
+        graph.inputs,
+        graph.outputs,
+        runner,
+        config=origin.config,
+        dimensions=graph.dimensions,
+        library=origin.library,
+        class_name=origin.class_name,
+    )
+
+
+def program_module(program: Program, entry: str | None = None) -> EngineModule:
+    """A Program in memory, executed by PyTorch, behind the captured module's call: all entries of it, or ``entry``.
 
     Raises:
         MissingValuesError: the Program was captured structure-only.
     """
     from optpass.evaluate.difference import program_runner
 
-    graph = program.entries[entry]
-    return EngineModule(
-        graph.signature,
-        graph.inputs,
-        graph.outputs,
-        program_runner(program, entry),
-        config=program.origin.config,
-        dimensions=graph.dimensions,
-    )
+    names = [entry] if entry else [program.loop.entry] if program.loop else list(program.entries)
+    return component_of({name: engine_module(program, name, program_runner(program, name)) for name in names})
+
+
+def _with_signature(call: Any, original: Any) -> Any:
+    """``call`` as it is, but ``inspect.signature`` sees the parameters of the unbound method ``original``."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    signature = inspect.signature(original)
+    forward.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
+    return forward
 
 
 def _converted(spec: TensorSpec, value: Any) -> Tensor:

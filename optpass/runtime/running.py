@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch import Tensor
 
 from optpass.errors import UserError
 from optpass.runtime.bundle import read_manifest
-from optpass.runtime.loading import load
-from optpass.runtime.sampling import GUIDANCE, generate
+from optpass.runtime.loading import load, load_pipeline
+from optpass.runtime.sampling import Asked, Samples, drive, takes_labels
+
+SMALL = 256
+"""Width in pixels below which clips are enlarged to be seen."""
 
 
 def sample(
@@ -22,42 +26,39 @@ def sample(
     out: Path | None,
     *,
     samples: int,
-    labels: list[int] | None = None,
-    steps: int = 20,
-    guidance: float = GUIDANCE,
+    asked: Asked,
+    image: Path | None = None,
     seed: int = 0,
     force: bool = False,
     progress: Callable[[str, float], None] = lambda stage, fraction: None,
 ) -> dict[str, Any]:
-    """Generate ``samples`` clips with the bundle's own components; written to ``out`` as ``samples.npz`` and WebP.
+    """Generate ``samples`` clips or images with the bundle's own pipeline.
+
+    They are written to ``out``: all as ``samples.npz``, clips as WebP, images as PNG. ``image`` is a file
+    for pipelines that start from one. What the recipe said of the pipeline's call holds here too.
 
     Raises:
-        UserError: the bundle carries no pipeline that can be driven, or ``out`` exists.
+        UserError: the bundle carries no pipeline that can be driven, its call needs something else, or ``out`` exists.
     """
     _check_out(out, force)
     manifest = read_manifest(bundle)
     if manifest.components is None:
         names = ", ".join(f"{name}=FILE.npy" for name in (spec.name for spec in load(bundle).inputs))
         raise UserError(f"{bundle} carries no pipeline to sample with; call its engine with --input {names}")
-    module = load(bundle)
+    asked = replace(asked, call={**manifest.call, **asked.call}, image=_read_image(image) if image else None)
+    pipeline = load_pipeline(bundle)
     start = time.perf_counter()
-    made = generate(
-        bundle / manifest.components,
-        module,
-        samples=samples,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-        labels=labels,
-        progress=lambda fraction: progress("samples", fraction),
+    made = drive(
+        pipeline, samples=samples, asked=asked, seed=seed, progress=lambda fraction: progress("samples", fraction)
     )
     seconds = time.perf_counter() - start
     facts: dict[str, Any] = {
+        "pipeline": type(pipeline).__name__,
         "samples": samples,
         "labels": made.labels.tolist(),
         "seconds_per_sample": round(seconds / samples, 4),
-        "steps": steps,
-        "guidance": guidance,
+        "steps": asked.steps,
+        "guidance": asked.guidance,
         "seed": seed,
     }
     if (bundle / manifest.components / "evaluator").is_dir():
@@ -66,12 +67,38 @@ def sample(
         evaluator = Evaluator.load(bundle / manifest.components / "evaluator")
         facts["quality"] = evaluator.measure(made.frames, made.labels).as_dict()
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(out / "samples.npz", frames=made.frames.numpy(), labels=made.labels.numpy())
-        for index, (clip, label) in enumerate(zip(made.frames, made.labels, strict=True)):
-            write_animation(clip, out / f"clip-{index:03d}-label-{int(label)}.webp")
+        _write_samples(made, out, labelled=takes_labels(pipeline))
         facts["written"] = str(out)
     return facts
+
+
+def _write_samples(made: Samples, out: Path, *, labelled: bool) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(out / "samples.npz", frames=made.frames.numpy(), labels=made.labels.numpy())
+    for index, (clip, label) in enumerate(zip(made.frames, made.labels, strict=True)):
+        name = f"{'clip' if made.moving else 'image'}-{index:03d}{f'-label-{int(label)}' if labelled else ''}"
+        if made.moving:
+            write_animation(clip, out / f"{name}.webp", scale=4 if clip.shape[-1] < SMALL else 1)
+        else:
+            _image(clip[0]).save(out / f"{name}.png")
+
+
+def _image(frame: Tensor) -> Any:
+    """A frame [C, H, W] in [0, 1] as a PIL image."""
+    from PIL import Image
+
+    pixels = (frame.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
+
+
+def _read_image(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"--image {path}: not a readable image: {error}") from None
 
 
 def answer(bundle: Path, files: Mapping[str, str], out: Path | None, *, force: bool = False) -> dict[str, Any]:
@@ -97,12 +124,8 @@ def answer(bundle: Path, files: Mapping[str, str], out: Path | None, *, force: b
 
 def write_animation(clip: Tensor, path: Path, *, scale: int = 4, milliseconds: int = 140) -> None:
     """A clip [F, C, H, W] in [0, 1] as a looping lossless WebP, enlarged without smoothing."""
-    from PIL import Image
-
-    pixels = (clip.clamp(0, 1) * 255).round().to(torch.uint8).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    frames = [
-        Image.fromarray(frame[0].numpy() if len(frame) == 1 else frame.permute(1, 2, 0).numpy()) for frame in pixels
-    ]
+    large = clip.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    frames = [_image(frame) for frame in large]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, lossless=True)
 
 

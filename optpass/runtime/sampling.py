@@ -1,32 +1,56 @@
-"""Generate samples with a pipeline folder whose denoiser is replaced by an optimised one."""
+"""Generate samples with a pipeline folder, some of whose components are replaced by optimised ones."""
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from optpass.errors import UserError
+from optpass.errors import OptpassError, UserError, nearest
+from optpass.quiet import first_lines
+from optpass.runtime.folder import OWN_CLASS, build_pipeline
 
 GUIDANCE = 3.0
+LABELS = tuple(range(10))
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated clips [N, F, C, H, W] in [0, 1] and the class label of each [N]."""
+    """Generated clips [N, F, C, H, W] in [0, 1] and the class label of each [N]; an image is a clip of one frame.
+
+    ``labels`` are the samples' numbers where the pipeline takes no class; ``moving`` tells clips from images.
+    """
 
     frames: Tensor
     labels: Tensor
+    moving: bool = True
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a pipeline's call is given. What is ``None``, and what the call does not take, is left to the pipeline.
+
+    ``labels`` are used in turn; ``image`` is a PIL image; ``call`` holds further arguments by name.
+    """
+
+    prompt: str | None = None
+    labels: tuple[int, ...] = LABELS
+    image: Any = None
+    steps: int | None = 20
+    guidance: float | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 def can_sample(folder: Path | None) -> bool:
-    """Whether :func:`generate` knows how to drive the pipeline in ``folder``."""
-    return folder is not None and pipeline_class_name(folder) in SAMPLERS
+    """Whether the pipeline in ``folder`` can be driven without being told anything but labels."""
+    return folder is not None and pipeline_class_name(folder) == OWN_CLASS
 
 
 def pipeline_class_name(folder: Path) -> str:
@@ -41,51 +65,106 @@ def pipeline_class_name(folder: Path) -> str:
 
 def generate(
     folder: Path,
-    denoiser: Any,
+    replaced: Mapping[str, Any],
     *,
     samples: int,
-    steps: int = 20,
-    guidance: float = GUIDANCE,
+    asked: Asked,
     seed: int = 0,
-    labels: list[int] | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Samples:
-    """``samples`` clips, the i-th from seed ``seed + i`` and label ``labels[i]`` (0, 1, 2 … in turn by default).
+    """``samples`` clips or images, the i-th from seed ``seed + i`` and label ``asked.labels[i]``, in turn.
 
     Raises:
-        UserError: the folder's pipeline is not one that can be driven here.
+        UserError: the folder's pipeline cannot be built, or its call needs something that was not given.
     """
-    name = pipeline_class_name(folder)
-    if name not in SAMPLERS:
-        raise UserError(
-            f"cannot generate samples with a {name or 'folder without model_index.json'}; known: "
-            f"{', '.join(SAMPLERS)}. Load the engine with optpass.load(BUNDLE) and put it into your pipeline"
-        )
-    return SAMPLERS[name](folder, denoiser, samples, steps, guidance, seed, labels, progress)
+    return drive(build_pipeline(folder, replaced), samples=samples, asked=asked, seed=seed, progress=progress)
 
 
-def _class_to_video(
-    folder: Path,
-    denoiser: Any,
+def drive(
+    pipeline: Any,
+    *,
     samples: int,
-    steps: int,
-    guidance: float,
-    seed: int,
-    labels: list[int] | None,
-    progress: Callable[[float], None],
+    asked: Asked,
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> Samples:
-    from optpass.runtime.class_to_video import ClassToVideoPipeline
-
-    pipeline = ClassToVideoPipeline.load(folder, unet=denoiser)
-    chosen = [(labels[i % len(labels)] if labels else i % 10) for i in range(samples)]
-    clips = []
-    for index, label in enumerate(chosen):
-        # One clip a call: an engine has the batch that it was built for, two with guidance.
-        result = pipeline([label], num_inference_steps=steps, guidance_scale=guidance, seeds=[seed + index])
-        clips.append(torch.as_tensor(result.frames))
+    """As :func:`generate`, with a pipeline in memory."""
+    made: list[Tensor] = []
+    moving = False
+    labelled = takes_labels(pipeline)
+    numbers = [asked.labels[i % len(asked.labels)] if labelled else i for i in range(samples)]
+    for index, number in enumerate(numbers):
+        # One sample a call: an engine has the batch that it was built for, two with guidance.
+        clip, moving = _sample(pipeline, replace(asked, labels=(number,)), seed + index)
+        made.append(clip)
         progress((index + 1) / samples)
-    return Samples(torch.cat(clips), torch.tensor(chosen))
+    return Samples(torch.cat(made), torch.tensor(numbers), moving)
 
 
-SAMPLERS: dict[str, Callable[..., Samples]] = {"ClassToVideoPipeline": _class_to_video}
-"""Drivers by pipeline class name."""
+def takes_labels(pipeline: Any) -> bool:
+    """Whether the pipeline is told what to make by class."""
+    return not {"labels", "class_labels"}.isdisjoint(call_parameters(pipeline))
+
+
+def call_parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the pipeline's call, by name."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    return {name: item for name, item in parameters.items() if name != "self"}
+
+
+def call_arguments(pipeline: Any, asked: Asked, seed: int) -> dict[str, Any]:
+    """Keyword arguments of one call that makes one sample.
+
+    Raises:
+        UserError: the call requires something that is not given, or does not take something that is.
+    """
+    parameters, name = call_parameters(pipeline), type(pipeline).__name__
+    known: dict[str, Any] = {
+        "prompt": asked.prompt,
+        "labels": list(asked.labels),
+        "class_labels": list(asked.labels),
+        "image": asked.image,
+        "num_inference_steps": asked.steps,
+        "guidance_scale": asked.guidance,
+        "seeds": [seed],
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "np",
+    }
+    if "seeds" in parameters:
+        known |= {"generator": None, "output_type": "pt"}
+    for flag, value in (("--prompt", asked.prompt), ("--image", asked.image)):
+        if value is not None and flag[2:] not in parameters:
+            raise UserError(f"{flag}: the call of a {name} takes no {flag[2:]}")
+    for key in asked.call:
+        if key not in parameters:
+            raise UserError(f"call: a {name} takes no {key!r}{nearest(key, parameters)}")
+    given = {key: value for key, value in known.items() if key in parameters and value is not None} | dict(asked.call)
+    needed = [key for key, item in parameters.items() if item.default is item.empty or key == "prompt"]
+    missing = [key for key in needed if key not in given and parameters[key].kind is not inspect.Parameter.VAR_KEYWORD]
+    if missing:
+        how = " and ".join(f"--{key}" if key in ("prompt", "image") else f"{key!r}" for key in missing)
+        raise UserError(f"a {name} needs {how}{'' if set(missing) <= {'prompt', 'image'} else _BY_HAND}")
+    return given
+
+
+_BY_HAND = ", which this command cannot give: call the pipeline that optpass.load_pipeline(BUNDLE) returns"
+
+
+def _sample(pipeline: Any, asked: Asked, seed: int) -> tuple[Tensor, bool]:
+    """One clip [1, F, C, H, W] in [0, 1], and whether the pipeline makes clips."""
+    arguments = call_arguments(pipeline, asked, seed)
+    try:
+        with torch.no_grad():
+            result = pipeline(**arguments)
+    except OptpassError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"the call of {type(pipeline).__name__}({', '.join(sorted(arguments))}) fails: {first_lines(error)}; "
+            "for another call use the pipeline that optpass.load_pipeline(BUNDLE) returns"
+        ) from error
+    moving = getattr(result, "frames", None) is not None
+    made = result.frames if moving else result.images
+    # Arrays have their channels last.
+    tensor = made if isinstance(made, Tensor) else torch.as_tensor(np.asarray(made)).movedim(-1, -3)
+    return (tensor if moving else tensor[:, None]).float(), moving

@@ -96,6 +96,15 @@ def test_weights_come_from_a_file(
     assert program.origin.kind == "factory"
 
 
+def test_the_example_follows_the_dtype_of_the_weights(code: Path, tmp_path: Path, random_weights: Any) -> None:
+    halves = {name: tensor.half() for name, tensor in net(code, random_weights).state_dict().items()}
+    torch.save(halves, tmp_path / "net.pth")
+    specs = capture(f"{code}:net", weights=tmp_path / "net.pth").entries["full"].inputs
+    assert {spec.name: spec.dtype for spec in specs} == {"tokens": torch.int64, "scale": torch.float16}
+    wide = capture(f"{code}:net", weights=tmp_path / "net.pth", dtype=torch.float32).entries["full"].inputs
+    assert {spec.name: spec.dtype for spec in wide} == {"tokens": torch.int64, "scale": torch.float32}
+
+
 @pytest.mark.parametrize("function", ["net", "other", "nested"])
 def test_example_inputs_come_from_the_file(code: Path, function: str) -> None:
     program = capture(f"{code}:{function}")
@@ -113,6 +122,17 @@ def test_integer_inputs_stay_in_the_examples_range(code: Path) -> None:
 def test_a_new_batch_size_reaches_the_other_inputs(code: Path) -> None:
     specs = capture(f"{code}:net", inputs={"tokens": [7, 3]}).entries["full"].inputs
     assert {spec.name: spec.shape for spec in specs} == {"tokens": (7, 3), "scale": (7, 1)}
+
+
+def test_one_module_of_the_factorys_model_is_captured_alone(
+    code: Path, tmp_path: Path, random_weights: Any, assert_same_function: Any
+) -> None:
+    module = net(code, random_weights)
+    save_file(module.state_dict(), tmp_path / "net.safetensors")
+    options = {"weights": tmp_path / "net.safetensors", "inputs": {"input": [2, 4]}}
+    assert_same_function(capture(f"{code}:net", component="head", **options), module.head)
+    with pytest.raises(UserError, match="Net has no module 'haed'; did you mean 'head'"):
+        capture(f"{code}:net", component="haed", **options)
 
 
 def test_sizes_alone_serve_as_an_example(plain: Path) -> None:

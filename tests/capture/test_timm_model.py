@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -16,8 +17,7 @@ from optpass.capture.timm_import import timm_importable
 from optpass.errors import UserError, WeightError
 from optpass.ir.dialect import verify_shapes
 
-with timm_importable():
-    timm = pytest.importorskip("timm", reason="timm is an optional extra")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is an optional extra")
 
 VIT = {"img_size": [32, 48], "depth": 2, "embed_dim": 48, "num_heads": 3}
 RESNET = {"layers": [1, 1, 1, 1]}
@@ -26,6 +26,8 @@ WEIGHTS = "model.safetensors"
 
 
 def saved(name: str, folder: Path, random_weights: Any, **model_args: Any) -> Any:
+    with timm_importable():
+        import timm
     from timm.models import save_for_hf
 
     model = random_weights(timm.create_model(name, num_classes=5, **model_args))
@@ -60,6 +62,13 @@ def test_sizes_come_from_the_config_and_are_free_where_timm_says_so(tmp_path: Pa
     saved("resnet18", tmp_path, random_weights, **RESNET)
     assert capture(tmp_path).entries["full"].inputs[0].shape == (1, 3, 224, 224)
     assert capture(tmp_path, inputs={"x": [2, 3, 64, 96]}).entries["full"].outputs[0].shape == (2, 5)
+
+
+def test_one_module_is_captured_alone(tmp_path: Path, random_weights: Any, assert_same_function: Any) -> None:
+    model = saved("resnet18", tmp_path, random_weights, **RESNET)
+    program = capture(tmp_path, component="layer2.0", inputs={"x": [2, 64, 6, 8]})
+    assert_same_function(program, model.layer2[0])
+    assert program.origin.kind == "module of timm"
 
 
 def test_the_size_of_position_embeddings_is_fixed(tmp_path: Path, random_weights: Any) -> None:

@@ -120,7 +120,10 @@ def test_existing_output_is_refused_and_replaced_with_force(optpass, unet_folder
         (("apply", "export", "{unet}", "-o", "{out}", "--set", "cast.dtype=float16"), "the recipe has no 'cast'"),
         (("apply", "half-precision", "{unet}", "-o", "{out}", "--set", "cast.dtpe=x"), "did you mean 'dtype'"),
         (("apply", "export", "{unet}", "-o", "{out}", "--set", "nonsense"), "expected NAME=VALUE"),
-        (("apply", "export", "{unet}", "-o", "{out}", "--inputs", "sample=1xtwo"), "--inputs sample=1xtwo: a size is a positive whole number, or a range as 1..4"),
+        (
+            ("apply", "export", "{unet}", "-o", "{out}", "--inputs", "sample=1xtwo"),
+            "--inputs sample=1xtwo: a size is a positive whole number, or a range as 1..4",
+        ),
         (("apply", "export", "{unet}", "-o", "{out}", "--inputs", "smaple=1x3x16x16"), "did you mean 'sample'"),
         (("apply", "export", "{unet}", "-o", "{out}", "--verify", "maybe"), "expected auto, always, never"),
         (("apply", "export", "{unet}", "-o", "{out}", "--print-ir", "during"), "expected before, after"),

@@ -41,7 +41,7 @@ CASES = [
     ),
     Case(
         "timm EfficientNet-B0",
-        config("efficientnet_b0"),
+        config("test_efficientnet"),
         IMAGE,
         FREE,
         full=published("efficientnet_b0", 224),

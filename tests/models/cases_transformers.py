@@ -106,7 +106,7 @@ IMAGES = [
     Case(
         "DINOv3 ConvNeXt",
         of("dinov3_convnext", "DINOv3ConvNextModel", **STAGES),
-        {"pixel_values": (2, 3, 64, 96)},
+        {"pixel_values": (2, 3, 128, 192)},
         full=of("dinov3_convnext", "DINOv3ConvNextModel"),
         published=27.8e6,
         note="facebook/dinov3-convnext-tiny-pretrain-lvd1689m",
@@ -294,7 +294,7 @@ DENSE = [
             decoder_ffn_dim=32,
             num_queries=5,
         ),
-        {"pixel_values": (2, 3, 64, 96)},
+        {"pixel_values": (2, 3, 128, 192)},
         full=of(
             "detr",
             "DetrForObjectDetection",
@@ -322,7 +322,7 @@ DENSE = [
             dim_feedforward=32,
             num_queries=5,
         ),
-        {"pixel_values": (1, 3, 64, 96)},
+        {"pixel_values": (2, 3, 128, 192)},
         full=of(
             "mask2former",
             "Mask2FormerForUniversalSegmentation",

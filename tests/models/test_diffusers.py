@@ -15,6 +15,17 @@ def test_small(case: Case, tmp_path: Path) -> None:
     zoo.check(case, zoo.run(case, tmp_path))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_open_dimensions(case: Case, tmp_path: Path) -> None:
+    zoo.check_dynamic(case, zoo.run_dynamic(case, tmp_path))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_dimension_is_open_or_says_why_not(case: Case) -> None:
+    assert {*case.dynamic, *zoo.limited(case)} == zoo.inputs_of(case, zoo.small_model(case)).named
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.published], ids=lambda case: case.name)
 def test_the_full_config_has_the_published_parameters(case: Case) -> None:
     assert zoo.full_parameters(case) == pytest.approx(case.published, rel=5e-3)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from optpass.analysis.cost import measure
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
+from optpass.capture.inputs_timm import timm_inputs
 from optpass.capture.sources import capture
 from optpass.capture.spans import Span
 from optpass.capture.timm_import import timm_importable
@@ -145,6 +146,8 @@ def inputs_of(case: Case, model: Any) -> Inputs:
     assert inputs_diffusers
     if case.factory is not None:
         return given_inputs(model, case.inputs)
+    if found := timm_inputs(model):
+        return found
     if builder := BUILDERS.get(type(model).__name__):
         return builder(model.config if "_class_name" in case.config else model.config.to_dict())
     return transformers_inputs(model, model.config.to_dict())
@@ -157,13 +160,13 @@ def opened(case: Case, declared: Inputs, names: Collection[str]) -> dict[str, li
     for name, sizes in case.inputs.items():
         dims = declared.tensors[name].dims if name in declared.tensors else (name,)
         known |= {dim: size for dim, size in zip(dims, sizes, strict=True) if isinstance(dim, str)}
-        found[name] = [_span(size) if dim in names else size for dim, size in zip(dims, sizes, strict=True)]
+        found[name] = [_span(case, dim, size) if dim in names else size for dim, size in zip(dims, sizes, strict=True)]
     said = {dim for name in found if name in declared.tensors for dim in declared.tensors[name].dims}
-    return found | {name: [_span(known[name])] for name in names if name not in said}
+    return found | {name: [_span(case, name, known[name])] for name in names if name not in said}
 
 
-def _span(size: int) -> Span:
-    return Span(max(1, size // 2), size * 2)
+def _span(case: Case, name: str, size: int) -> Span:
+    return Span(*case.spans.get(name, (max(1, size // 2), size * 2)))
 
 
 def small_model(case: Case) -> nn.Module:

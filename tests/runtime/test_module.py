@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -111,8 +113,17 @@ def test_return_dict_false_gives_a_tuple() -> None:
 def test_attributes_that_pipelines_read(program: Program) -> None:
     from dataclasses import replace
 
-    config = {"_class_name": "UNet2DConditionModel", "in_channels": 9, "projection_class_embeddings_input_dim": 24}
-    origin = Origin("diffusers", config=config)
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": 9,
+        "block_out_channels": [32],
+        "down_block_types": ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 2,
+        "projection_class_embeddings_input_dim": 24,
+    }
+    origin = Origin("diffusers", library="diffusers", class_name="UNet2DConditionModel", config=config)
     engine = program_module(replace(program, origin=origin), "full")
     assert engine.dtype == torch.float32
     assert engine.device == torch.device("cpu")
@@ -122,6 +133,12 @@ def test_attributes_that_pipelines_read(program: Program) -> None:
     assert engine.config.time_cond_proj_dim is None
     assert not hasattr(engine.config, "nonsense")
     assert engine.add_embedding.linear_1.in_features == 24
+    assert [(value.dtype, value.numel()) for value in engine.parameters()] == [(torch.float32, 0)]
+    assert "added_cond_kwargs" in inspect.signature(engine.forward).parameters
+    with pytest.raises(AttributeError, match="enable_freeu is not in the engine"):
+        engine.enable_freeu(1, 1, 1, 1)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = engine.nonsense
 
 
 def test_a_config_of_no_known_class_has_no_defaults() -> None:
