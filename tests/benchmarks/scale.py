@@ -193,7 +193,9 @@ def main() -> int:
             bounds += limits
     verdict = list(_verdict(bounds))
     print("\n".join(verdict))
-    text = "\n".join([*lines, "", *verdict, "", "Printed by `make bench`."])
+    whole = arguments.sections == list(SECTIONS)
+    command = "make bench" if whole else f"python tests/benchmarks/scale.py {' '.join(arguments.sections)}"
+    text = "\n".join([*lines, "", *verdict, "", f"Printed by `{command}`."])
     if arguments.out:
         arguments.out.write_text(f"{text}\n", "utf-8")
     return 0 if all(bound.holds for bound in bounds) else 1
