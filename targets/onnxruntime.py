@@ -32,9 +32,9 @@ LEVELS = {
 }
 ERRORS_ONLY = 3
 LARGE = 1 << 30
-EXPORTER, RUNTIME = 80 << 20, 30 << 20
+EXPORTER, RUNTIME = 100 << 20, 50 << 20
 """Memory of the exporter and its optimiser, which imports an evaluator; and what stays with ONNX Runtime itself."""
-NODE_IN_MEMORY = 28 << 10
+NODE_IN_MEMORY = 40 << 10
 NODE_ON_DISK, LETTER_ON_DISK = 140, 33
 """Bytes of a node, and for each letter of its module path, which stands in it with those of all modules around."""
 MACHINE_WORD = 4

@@ -43,9 +43,9 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Peak anonymous bytes; at most, for several components: as though each kept what it takes to the end."""
+        """Peak anonymous bytes: components come one after another, but those that are measured stay for the samples."""
         peaks = [max(stage.memory for stage in part.stages) - PROCESS for part in self.components]
-        return PROCESS + sum(peaks)
+        return PROCESS + (sum(peaks) if self.temporary else max(peaks, default=0))
 
     @property
     def bundle(self) -> int:
