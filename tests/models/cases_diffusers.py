@@ -399,10 +399,10 @@ CASES = [
         "CogVideoX 2B",
         COGVIDEOX,
         {"hidden_states": (2, 2, 4, 8, 10)},
-        ("batch",),
+        ("batch", "frames"),
         full=config("CogVideoXTransformer3DModel"),
         published=1.694e9,
-        limits={f"dynamic:{name}": f"the model's code fixes {name} at" for name in ("frames", "height", "width")},
+        limits={f"dynamic:{name}": f"the model's code fixes {name} at" for name in ("height", "width")},
     ),
     Case(
         "CogVideoX 5B",
@@ -411,7 +411,7 @@ CASES = [
         ("batch", "frames"),
         full=COGVIDEOX_5B_FULL,
         published=5.570e9,
-        limits={f"dynamic:{name}": "." for name in ("height", "width")},
+        limits={f"dynamic:frames,{name}": "only one can stay open" for name in ("height", "width")},
         spans={"frames": (2, 6)},
     ),
     Case(
@@ -447,10 +447,10 @@ CASES = [
         "Latte-1",
         LATTE,
         {"hidden_states": (2, 4, 3, 8, 12), "encoder_hidden_states": (2, 5, 12)},
-        (*CLIP, "tokens"),
+        IMAGE,
         full=LATTE_FULL,
         published=1.056e9,
-        spans={"frames": (2, 6)},
+        limits={"dynamic:frames": "the model's code fixes frames at"},
     ),
     Case(
         "Qwen-Image",
@@ -504,7 +504,7 @@ CASES = [
         ("batch", "height", "width"),
         full=config("AutoencoderKLWan"),
         published=126.9e6,
-        limits={"dynamic:frames": "."},
+        limits={"dynamic:frames": "the model's code fixes frames at|takes frames|takes only some sizes of frames"},
         spans={"height": (16, 32), "width": (16, 48)},
     ),
     Case(
