@@ -92,7 +92,10 @@ def _open(case: Any) -> str:
 
 
 def _note(case: Any) -> str:
-    reasons = [f"{stage.replace('dynamic:', '')}: {_plain(reason)}" for stage, reason in case.limits.items()]
+    stages: dict[str, list[str]] = {}
+    for stage, reason in case.limits.items():
+        stages.setdefault(_plain(reason), []).append(stage.removeprefix("dynamic:").replace(",", " with "))
+    reasons = [f"{', '.join(names)}: {reason}" for reason, names in stages.items()]
     return "; ".join([*([case.note] if case.note else []), *reasons]).replace("|", "\\|")
 
 
