@@ -101,7 +101,7 @@ def memory_attention(config: Config) -> Inputs:
     tokens, hidden = prod(config["memory_attention_rope_feat_sizes"]), config["memory_attention_hidden_size"]
     channels = config["memory_encoder_output_channels"]
     pointers = config["max_object_pointers_in_encoder"] * (hidden // channels)
-    frame, memory = Input((tokens, "batch", hidden)), Input(("memory", "batch", channels))
+    frame, memory = Input((tokens, "batch", hidden)), Input(("memory_tokens", "batch", channels))
     return Inputs(
         {
             "current_vision_features": frame,
@@ -110,6 +110,6 @@ def memory_attention(config: Config) -> Inputs:
             # The library's own spelling.
             "memory_posision_embeddings": memory,
         },
-        {"batch": 1, "memory": config["num_maskmem"] * tokens + pointers},
+        {"batch": 1, "memory_tokens": config["num_maskmem"] * tokens + pointers},
         {"num_object_pointer_tokens": pointers},
     )

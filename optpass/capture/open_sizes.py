@@ -46,7 +46,8 @@ def export_open(module: nn.Module, example: Example, export: Export) -> tuple[Ex
     with oblivious(), _tied(module, example):
         try:
             found = _attempt(name, example, export)
-        except UserError:
+        except Exception:
+            # Not only refusals: with nothing declared, torch.export no longer knows that two inputs share a size.
             if widened := _with_ones(name, example, export):
                 return widened
             raise
@@ -110,7 +111,7 @@ def _with_ones(
     narrowed = replace(example, dimensions=tuple(_from_two(item, ones) for item in example.dimensions))
     try:
         exported, dimensions = found or _attempt(name, narrowed, export)
-    except UserError:
+    except Exception:
         return None
     items = [_from_two(item, ones) for item in dimensions]
     guards = tuple(_remaining(items, [Guard(text) for text in dimensions.guards]))
@@ -118,7 +119,8 @@ def _with_ones(
         return None
     if any(item.step != 1 for item in items if item.name in ones):
         return None
-    if not all(_same_at_one(narrowed, dim, export, exported) for dim in ones):
+    stepped = replace(example, dimensions=tuple(items))
+    if not all(_same_at_one(stepped, dim, export, exported) for dim in ones):
         return None
     whole = [replace(ones[item.name], symbol=item.symbol) if item.name in ones else item for item in items]
     return exported, Dimensions(tuple(whole), guards)

@@ -6,6 +6,7 @@ on it. Whether one does shows in an export at 1: the same operators on the same 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
@@ -19,6 +20,9 @@ from torch.utils._pytree import tree_flatten
 from optpass.capture.inputs import Example
 from optpass.ir.dialect import IDENTITIES, is_assertion
 from optpass.ir.sizes import is_size
+
+SLICE = (None, 0, 0, sys.maxsize, 1)
+"""What ``slice`` takes for operand, dimension, start, end and step when it is not told."""
 
 
 def at_one(example: Example, name: str) -> Example:
@@ -64,10 +68,19 @@ def _operators(exported: ExportedProgram, numbers: dict[fx.Node, int]) -> Iterat
 
 
 def _same_operands(left: fx.Node, right: fx.Node, numbers: tuple[dict[fx.Node, int], dict[fx.Node, int]]) -> bool:
-    lefts, rights = (tree_flatten((list(node.args), dict(node.kwargs)))[0] for node in (left, right))
+    lefts, rights = _operands(left), _operands(right)
     return len(lefts) == len(rights) and all(
         _same(a, numbers[0], b, numbers[1]) for a, b in zip(lefts, rights, strict=True)
     )
+
+
+def _operands(node: fx.Node) -> list[Any]:
+    arguments = list(node.args)
+    if node.target is torch.ops.aten.slice.Tensor:
+        # Where one end is symbolic, the other is left out; else both are spelt.
+        given = [*arguments, *[None] * (len(SLICE) - len(arguments))]
+        arguments = [default if item is None else item for item, default in zip(given, SLICE, strict=True)]
+    return tree_flatten((arguments, dict(node.kwargs)))[0]
 
 
 def _same(left: Any, lefts: dict[fx.Node, int], right: Any, rights: dict[fx.Node, int]) -> bool:
