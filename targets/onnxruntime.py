@@ -24,6 +24,32 @@ from optpass.pipeline.target import COPIES, Footprint, LoweredEntry, Lowering, R
 SUPPORTED = frozenset(
     {torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 )
+DOUBLE = frozenset(
+    [
+        "arange",
+        "arange.start",
+        "arange.start_step",
+        "cat",
+        "cos",
+        "div.Tensor",
+        "expand",
+        "mul.Scalar",
+        "mul.Tensor",
+        "outer",
+        "pow.Scalar",
+        "pow.Tensor_Scalar",
+        "reciprocal",
+        "repeat_interleave.self_int",
+        "reshape",
+        "sin",
+        "slice.Tensor",
+        "stack",
+        "to.dtype",
+        "unsqueeze",
+        "_to_copy",
+    ]
+)
+"""Operators whose CPU kernels take f64: those in which models compute the angles of rotary embeddings."""
 LEVELS = {
     "all": "ORT_ENABLE_ALL",
     "extended": "ORT_ENABLE_EXTENDED",
@@ -219,7 +245,7 @@ def _unsupported(graph: Graph) -> Iterator[Unsupported]:
             yield Unsupported("(interface)", spec.name, _dtype_reason(spec.dtype))
     for node in graph.calls:
         for dtype in _dtypes(node):
-            if dtype not in SUPPORTED:
+            if dtype not in SUPPORTED and not (dtype == torch.float64 and operator_name(node) in DOUBLE):
                 yield Unsupported(path_of(node), operator_name(node), _dtype_reason(dtype))
                 break
     for node in untranslatable(graph):

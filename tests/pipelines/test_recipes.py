@@ -74,8 +74,8 @@ def test_a_batch_may_stay_open(pipeline_folder: Folder, tmp_path: Path) -> None:
     components = {"transformer": "keep", "vae": {"inputs": {"batch": "1..4"}}}
     made = applied({"components": components}, pipeline_folder("dit"), tmp_path / "out")
     pipeline = library.load_pipeline(made.folder)
-    image = pipeline([1, 2, 3], num_inference_steps=2, output_type="np").images
-    assert image.shape == (3, 16, 16, 3)
+    for labels in ([1], [1, 2, 3]):
+        assert pipeline(labels, num_inference_steps=2, output_type="np").images.shape == (len(labels), 16, 16, 3)
 
 
 def test_the_call_gives_every_component_its_size(pipeline_folder: Folder, tmp_path: Path) -> None:
