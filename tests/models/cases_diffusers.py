@@ -504,7 +504,7 @@ CASES = [
         ("batch", "height", "width"),
         full=config("AutoencoderKLWan"),
         published=126.9e6,
-        limits={"dynamic:frames": "the model's code fixes frames at|takes frames|takes only some sizes of frames"},
+        limits={"dynamic:frames": "takes frames from 2 to 4, not 2..10"},
         spans={"height": (16, 32), "width": (16, 48)},
     ),
     Case(
