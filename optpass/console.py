@@ -111,6 +111,11 @@ TOTALS_HEADERS = ("", "parameters", "MACs", "in attention", "weights", "activati
 
 def report_summary(report: Mapping[str, Any], folder: str) -> None:
     """The end of ``optpass apply``: a row per pass, the engine's evidence, where to look."""
+    if report.get("components"):
+        out.print(
+            table("", (*TOTALS_HEADERS[:-1], "engine's error"), [_component_row(c) for c in report["components"]])
+        )
+        out.print()
     rows = [totals_row("captured", report["before"]["totals"])]
     rows += [totals_row(_pass_label(item), item["after"]["totals"]) for item in report["passes"]]
     out.print(table("", TOTALS_HEADERS, rows))
@@ -123,6 +128,12 @@ def report_summary(report: Mapping[str, Any], folder: str) -> None:
         out.print(f"  {line}")
     out.print(f"\n[bold]{escape(folder)}[/bold]  ({report['seconds']:.1f} s)")
     out.print(f"  report: {escape(folder)}/report.html")
+
+
+def _component_row(record: Mapping[str, Any]) -> list[str]:
+    difference = record.get("engine_difference")
+    error = f"{difference['relative_error']:.2g}" if difference else "not run"
+    return [*totals_row(record["checkpoint"]["component"], record["after"]["totals"])[:-1], error]
 
 
 def _pass_label(item: Mapping[str, Any]) -> str:

@@ -50,7 +50,8 @@ def _show_component(part: Mapping[str, Any]) -> None:
     for item in part["passes"]:
         for line in _pass_lines(item):
             console.out.print(f"  {item['name']}: {line}", markup=False)
-    for entry in part["before"]["entries"].values():
+    last = next((item["after"] for item in reversed(part["passes"]) if item["after"]), part["before"])
+    for entry in last["entries"].values():
         console.uncounted(entry["uncounted"])
     for item in part["unsupported"][:SHOWN]:
         console.out.print(f"  not supported: {item['path']}: {item['operator']}: {item['reason']}", markup=False)

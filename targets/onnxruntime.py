@@ -24,6 +24,32 @@ from optpass.pipeline.target import COPIES, Footprint, LoweredEntry, Lowering, R
 SUPPORTED = frozenset(
     {torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 )
+DOUBLE = frozenset(
+    [
+        "arange",
+        "arange.start",
+        "arange.start_step",
+        "cat",
+        "cos",
+        "div.Tensor",
+        "expand",
+        "mul.Scalar",
+        "mul.Tensor",
+        "outer",
+        "pow.Scalar",
+        "pow.Tensor_Scalar",
+        "reciprocal",
+        "repeat_interleave.self_int",
+        "reshape",
+        "sin",
+        "slice.Tensor",
+        "stack",
+        "to.dtype",
+        "unsqueeze",
+        "_to_copy",
+    ]
+)
+"""Operators whose CPU kernels take f64: those in which models compute the angles of rotary embeddings."""
 LEVELS = {
     "all": "ORT_ENABLE_ALL",
     "extended": "ORT_ENABLE_EXTENDED",
@@ -32,9 +58,9 @@ LEVELS = {
 }
 ERRORS_ONLY = 3
 LARGE = 1 << 30
-EXPORTER = 80 << 20
-"""Memory of ONNX Runtime, of the exporter and of the optimiser, which imports an evaluator."""
-NODE_IN_MEMORY = 25 << 10
+EXPORTER, RUNTIME = 100 << 20, 50 << 20
+"""Memory of the exporter and its optimiser, which imports an evaluator; and what stays with ONNX Runtime itself."""
+NODE_IN_MEMORY = 40 << 10
 NODE_ON_DISK, LETTER_ON_DISK = 140, 33
 """Bytes of a node, and for each letter of its module path, which stands in it with those of all modules around."""
 MACHINE_WORD = 4
@@ -200,11 +226,12 @@ def _footprint(graph: Graph, weights: WeightStore) -> Footprint:
         wide = expression.numel * max(expression.dtype.itemsize, MACHINE_WORD)
         loaded += wide * (2 if name in convolved else 1) + (expression.nbytes if wide > expression.nbytes else 0)
     largest = max((expression.nbytes for expression in read.values()), default=0)
+    nodes = NODE_IN_MEMORY * len(graph.calls)
     return Footprint(
         disk=sum(NODE_ON_DISK + LETTER_ON_DISK * len(path_of(node)) for node in graph.calls),
-        lowering=EXPORTER + NODE_IN_MEMORY * len(graph.calls) + COPIES * largest,
-        checking=0 if read.nbytes > LARGE else loaded,
-        loaded=loaded,
+        lowering=EXPORTER + nodes + COPIES * largest,
+        checking=RUNTIME + nodes + (0 if read.nbytes > LARGE else loaded),
+        loaded=RUNTIME + nodes + loaded,
     )
 
 
@@ -218,7 +245,7 @@ def _unsupported(graph: Graph) -> Iterator[Unsupported]:
             yield Unsupported("(interface)", spec.name, _dtype_reason(spec.dtype))
     for node in graph.calls:
         for dtype in _dtypes(node):
-            if dtype not in SUPPORTED:
+            if dtype not in SUPPORTED and not (dtype == torch.float64 and operator_name(node) in DOUBLE):
                 yield Unsupported(path_of(node), operator_name(node), _dtype_reason(dtype))
                 break
     for node in untranslatable(graph):

@@ -51,7 +51,7 @@ def _section(family: str, measure: Measure) -> str:
     cases = importlib.import_module(f"cases_{family}").CASES
     lines = [f"## {family}", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     for case in cases:
-        row = [case.name, *_full(case, measure), *_small(case), ", ".join(case.dynamic), _note(case)]
+        row = [case.name, *_full(case, measure), *_small(case), _open(case), _note(case)]
         lines.append(f"| {' | '.join(row)} |")
         print(lines[-1], file=sys.stderr)
     return "\n".join(lines)
@@ -87,8 +87,16 @@ def _small(case: Any) -> list[str]:
     return [*counts, *("" if error is None else f"{error:.1e}" for error in errors)]
 
 
+def _open(case: Any) -> str:
+    starts = {name: low for name, (low, _) in case.spans.items()}
+    return ", ".join(f"{name} ≥ {starts[name]}" if name in starts else name for name in case.dynamic)
+
+
 def _note(case: Any) -> str:
-    reasons = [f"{stage.replace('dynamic:', '')}: {_plain(reason)}" for stage, reason in case.limits.items()]
+    stages: dict[str, list[str]] = {}
+    for stage, reason in case.limits.items():
+        stages.setdefault(_plain(reason), []).append(stage.removeprefix("dynamic:").replace(",", " with "))
+    reasons = [f"{', '.join(names)}: {reason}" for reason, names in stages.items()]
     return "; ".join([*([case.note] if case.note else []), *reasons]).replace("|", "\\|")
 
 

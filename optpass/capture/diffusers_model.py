@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from optpass.capture.configs import config_path, model_config, refuse_remote_code
-from optpass.capture.export import build_fake, export_program
+from optpass.capture.export import build_fake
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
+from optpass.capture.opened import captured, opened
 from optpass.capture.request import Opened, Request
-from optpass.capture.submodule import submodule
 from optpass.errors import UserError, nearest
-from optpass.ir.program import Origin, Program
+from optpass.ir.program import Program
 from optpass.ir.weights import Expression
 from optpass.quiet import first_lines, quiet
 
@@ -38,17 +38,7 @@ def capture(request: Request) -> Program:
         WeightError: the weights are damaged, or do not fit.
     """
     model = open_model(request)
-    inputs = _inputs(model.module, request)
-    arguments = inputs.arguments(request.sizes, request.defaults, request.dtype)
-    return export_program(
-        model.module,
-        model.mode,
-        arguments,
-        model.checkpoint,
-        model.origin,
-        ranges=inputs.ranges,
-        loop=request.loop,
-    )
+    return captured(request, model, _inputs(model.module, request))
 
 
 def open_model(request: Request) -> Opened:
@@ -63,18 +53,8 @@ def open_model(request: Request) -> Opened:
     refuse_remote_code(config, path, request.trust_remote_code)
     model_class = _model_class(config, path)
     with quiet("diffusers", logging.CRITICAL):
-        module, mode = build_fake(lambda: _build(model_class, config, path), request.dtype)
-    checkpoint = _weights(module, request)
-    origin = Origin(
-        kind="diffusers",
-        path=request.path.resolve(),
-        library="diffusers",
-        class_name=type(module).__name__,
-        config=config,
-    )
-    if request.component:
-        module, checkpoint, origin = submodule(module, checkpoint, origin, request.component)
-    return Opened(module, mode, checkpoint, origin)
+        built = build_fake(lambda: _build(model_class, config, path), request.dtype)
+    return opened(request, built, _weights(built[0], request), library="diffusers", config=config)
 
 
 def _model_class(config: Mapping[str, Any], path: Path) -> Any:

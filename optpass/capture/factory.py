@@ -31,7 +31,7 @@ from torch import nn
 from optpass.capture.export import build_fake, default_dtype
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs, inputs_of_example
 from optpass.capture.inputs_timm import timm_inputs
-from optpass.capture.module_program import module_program
+from optpass.capture.opened import captured, opened
 from optpass.capture.request import Request
 from optpass.capture.timm_import import timm_importable
 from optpass.errors import UserError, nearest
@@ -65,14 +65,8 @@ def capture(request: Request) -> Program:
     with timm_importable(), _loaded(request.path) as namespace:
         build = _function(namespace, request)
         built = build_fake(lambda: _built(build, request), request.dtype)
-        return module_program(
-            request,
-            built,
-            lambda module: _inputs(namespace, module, request),
-            request.checkpoint,
-            library=request.path.stem,
-            kind="factory",
-        )
+        model = opened(request, built, request.checkpoint, library=request.path.stem, kind="factory")
+        return captured(request, model, _inputs(namespace, model.module, request))
 
 
 @contextmanager

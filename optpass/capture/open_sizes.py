@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,7 @@ def export_open(module: nn.Module, example: Example, export: Export) -> tuple[Ex
         UserError: the model fixes a dimension that should stay open, or works for a part of its range only.
     """
     name = type(module).__name__
-    with oblivious():
+    with oblivious(), _tied(module, example):
         try:
             found = _attempt(name, example, export)
         except Exception:
@@ -51,6 +52,36 @@ def export_open(module: nn.Module, example: Example, export: Export) -> tuple[Ex
                 return widened
             raise
         return (_with_ones(name, example, export, found) if found[1].guards else None) or found
+
+
+@contextmanager
+def _tied(module: nn.Module, example: Example) -> Iterator[None]:
+    """One dimension's sizes taken for equal before the model computes with them; torch.export checks it only after.
+
+    Unequal, a view of one input by the batch of another has a size that meets nothing.
+    """
+
+    def tie(_: nn.Module, args: Any, arguments: Any) -> None:
+        sizes: dict[str, Any] = {}
+        for path, axes in example.places.items():
+            for axis, dim in axes.items():
+                size = _argument(arguments, path).shape[axis]
+                torch._check(size == sizes.setdefault(dim, size))  # type: ignore[no-untyped-call]
+        for path, multiples in example.multiples.items():
+            for axis, (dim, count) in multiples.items():
+                torch._check(_argument(arguments, path).shape[axis] == count * sizes[dim])  # type: ignore[no-untyped-call]
+
+    handle = module.register_forward_pre_hook(tie, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _argument(arguments: Any, path: str) -> Any:
+    for key in path.split("."):
+        arguments = arguments[key] if isinstance(arguments, Mapping) else arguments[int(key)]
+    return arguments
 
 
 def _attempt(name: str, example: Example, export: Export) -> tuple[ExportedProgram, Dimensions]:

@@ -18,7 +18,7 @@ from optpass.capture.configs import CONFIG, config_path, model_config
 from optpass.capture.export import build_fake
 from optpass.capture.inputs import given_inputs
 from optpass.capture.inputs_timm import timm_inputs
-from optpass.capture.module_program import module_program
+from optpass.capture.opened import captured, opened
 from optpass.capture.request import Request
 from optpass.capture.timm_import import timm_importable
 from optpass.errors import UserError, WeightError, nearest
@@ -54,14 +54,8 @@ def capture(request: Request) -> Program:
     checkpoint = request.checkpoint
     if checkpoint is not None:
         checkpoint = _renamed(built[0], checkpoint)
-    return module_program(
-        request,
-        built,
-        lambda module: timm_inputs(module) or given_inputs(module, request.sizes),
-        checkpoint,
-        library="timm",
-        config=config,
-    )
+    model = opened(request, built, checkpoint, library="timm", config=config)
+    return captured(request, model, timm_inputs(model.module) or given_inputs(model.module, request.sizes))
 
 
 def _timm(path: Path) -> ModuleType:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from optpass.capture.configs import config_path, model_config, refuse_remote_code
-from optpass.capture.export import build_fake, export_program
+from optpass.capture.export import build_fake
 from optpass.capture.inputs import BUILDERS, Inputs, given_inputs
+from optpass.capture.opened import captured, opened
 from optpass.capture.request import Opened, Request
-from optpass.capture.submodule import submodule
 from optpass.capture.transformers_weights import module_weights
 from optpass.errors import UserError, nearest
-from optpass.ir.program import Origin, Program
+from optpass.ir.program import Program
 from optpass.ir.weights import Expression
 from optpass.quiet import first_lines, quiet
 
@@ -39,17 +40,7 @@ def capture(request: Request) -> Program:
         WeightError: the weights are damaged, or do not fit.
     """
     model = open_model(request)
-    inputs = _inputs(model.module, model.config, request)
-    arguments = inputs.arguments(request.sizes, request.defaults, request.dtype)
-    return export_program(
-        model.module,
-        model.mode,
-        arguments,
-        model.checkpoint,
-        model.origin,
-        ranges=inputs.ranges,
-        loop=request.loop,
-    )
+    return captured(request, model, _inputs(model.module, model.config, request))
 
 
 def open_model(request: Request) -> Opened:
@@ -64,18 +55,10 @@ def open_model(request: Request) -> Opened:
     refuse_remote_code(raw, path, request.trust_remote_code)
     with quiet("transformers", logging.CRITICAL):
         config = _config(raw, path, request.trust_remote_code)
-        module, mode = build_fake(lambda: _build(config, raw, path, request.trust_remote_code), request.dtype)
-        checkpoint = _weights(module, request)
-    origin = Origin(
-        kind="transformers",
-        path=request.path.resolve(),
-        library="transformers",
-        class_name=type(module).__name__,
-        config=raw,
-    )
-    if request.component:
-        module, checkpoint, origin = submodule(module, checkpoint, origin, request.component)
-    return Opened(module, mode, checkpoint, origin, getattr(module, "config", config).to_dict())
+        built = build_fake(lambda: _build(config, raw, path, request.trust_remote_code), request.dtype)
+        checkpoint = _weights(built[0], request)
+    model = opened(request, built, checkpoint, library="transformers", config=raw)
+    return replace(model, config=getattr(model.module, "config", config).to_dict())
 
 
 def _config(raw: Mapping[str, Any], path: Path, trust: bool) -> Any:

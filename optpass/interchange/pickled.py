@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def load_weights_only(source: Path | io.BytesIO, path: Path) -> Any:
     try:
         # Files of torch before 1.6 are not zip archives and cannot be mapped.
         mapped = isinstance(source, Path) and _is_archive(source)
-        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise WeightError(f"cannot read weights {path}: {error.strerror or error}") from error
     except UnpicklingError as error:

@@ -252,7 +252,8 @@ class Permute(Expression):
 
     @property
     def shape(self) -> Shape:  # type: ignore[override]
-        return tuple(self.operand.shape[dim] for dim in self.dims)
+        shape = self.operand.shape
+        return tuple(shape[dim] for dim in self.dims)
 
     def evaluate(self) -> Tensor:
         return self.operand.evaluate().permute(self.dims).contiguous()

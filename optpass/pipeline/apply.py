@@ -135,8 +135,8 @@ def _named(part: Part, parts: Sequence[Part], progress: Progress) -> Progress:
 
 
 def _capture(recipe: Recipe, request: Request) -> list[Part]:
-    """The models that the recipe is about, as captured, the denoiser first."""
-    parts = _capture_components(recipe, request) if recipe.components is not None else _capture_one(recipe, request)
+    """As :func:`captured_parts`, each with its checkpoint's identity."""
+    parts = [_identified(part) for part in captured_parts(recipe, request)]
     for part in parts:
         lowers = _lowers(part.recipe, request) and not part.recipe.target.structure_only
         if lowers and not part.original.has_values:
@@ -148,13 +148,22 @@ def _capture(recipe: Recipe, request: Request) -> list[Part]:
     return parts
 
 
-def captured(recipe: Recipe, request: Request) -> Program:
-    """The checkpoint as ``recipe`` wants it, its weights lazy; no value is read.
+def captured_parts(recipe: Recipe, request: Request) -> list[Part]:
+    """The models that the recipe is about, as captured, the denoiser first; no value is read.
 
     Raises:
-        UserError: it cannot be captured.
+        UserError: one cannot be captured.
     """
-    return capture(
+    return _capture_components(recipe, request) if recipe.components is not None else _capture_one(recipe, request)
+
+
+def _identified(part: Part) -> Part:
+    program = identified(part.original)
+    return replace(part, original=program, program=program)
+
+
+def _capture_one(recipe: Recipe, request: Request) -> list[Part]:
+    program = capture(
         request.checkpoint,
         inputs={**recipe.inputs, **request.inputs},
         structure_only=request.structure_only,
@@ -164,10 +173,6 @@ def captured(recipe: Recipe, request: Request) -> Program:
         dtype=precision(recipe.dtype),
         floats=type(recipe.target).floats,
     )
-
-
-def _capture_one(recipe: Recipe, request: Request) -> list[Part]:
-    program = identified(captured(recipe, request))
     return [Part(recipe, program, program)]
 
 
@@ -204,8 +209,8 @@ def _capture_components(recipe: Recipe, request: Request) -> list[Part]:
     if not programs:
         raise UserError(f"the recipe keeps every component of {request.checkpoint} as it is: nothing is left to do")
     parts = []
-    for name, found in programs.items():
-        own, program = recipe_of(name), identified(found)
+    for name, program in programs.items():
+        own = recipe_of(name)
         assert own is not None
         parts.append(Part(own, program, program, place=name))
     return parts

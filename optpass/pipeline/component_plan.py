@@ -108,7 +108,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """One captured component. ``bundle`` and ``temporary`` are bytes on disk; ``footprint`` is its engines'."""
+    """One captured component. ``bundle`` and ``temporary`` are its bytes on disk; ``footprint`` is its engines'."""
 
     program: Program
     cost: Cost
@@ -147,23 +147,31 @@ class ComponentPlan:
 
 
 def plan_component(
-    recipe: Recipe, request: Request, program: Program, *, has_values: bool, lowers: bool, progress: Progress
+    recipe: Recipe,
+    request: Request,
+    program: Program,
+    *,
+    has_values: bool,
+    lowers: bool,
+    first: bool,
+    progress: Progress,
 ) -> ComponentPlan:
-    """Foresee what an apply does with ``program``, as it was captured.
+    """Foresee what an apply does with ``program``, as it was captured, by the recipe as it stands for it alone.
 
     ``has_values`` may say so of weights that are not there; ``lowers`` is whether engines are made.
+    Samples, which all components make together, are told of the ``first``.
     """
-    return _Planner(recipe, request, program, has_values, lowers, progress).plan()
+    planner = _Planner(recipe, request if first else replace(request, samples=0), program, progress)
+    planner.has_values, planner.lowers = has_values and not request.structure_only, lowers
+    return planner.plan()
 
 
 class _Planner:
     """One Program on its way through the recipe."""
 
-    def __init__(
-        self, recipe: Recipe, request: Request, program: Program, has_values: bool, lowers: bool, progress: Progress
-    ) -> None:
+    def __init__(self, recipe: Recipe, request: Request, program: Program, progress: Progress) -> None:
         self.recipe, self.request, self.progress = recipe, request, progress
-        self.original, self.has_values, self.lowers = program, has_values and not request.structure_only, lowers
+        self.original, self.has_values, self.lowers = program, program.has_values, True
         self.cost = measure(program)
         self.refusals: list[str] = []
         self.stages: list[Stage] = []
@@ -187,8 +195,7 @@ class _Planner:
         self._identify()
         samples = 2 * self.request.samples if self._sampled(collected) else 0
         sites = sum(len(item.record.sites) for item in passes if item.record)
-        carried = sum(path.stat().st_size for path in component_files(self.original.origin).values())
-        bundle = RECORDS + SITE * sites + CLIP * samples + (footprint.disk + carried if footprint else 0)
+        bundle = RECORDS + SITE * sites + CLIP * samples + (footprint.disk if footprint else 0)
         return ComponentPlan(
             self.original,
             self.cost,
@@ -314,8 +321,7 @@ class _Planner:
     def _lower(self, result: Program, engine: Footprint) -> tuple[str, int]:
         """Stages of writing the engines and of the evidence; whether that is collected, and its temporary bytes."""
         read = self._read(result) if self.has_values else 0
-        self.held += engine.lowering
-        self.stages.append(Stage("lower", read=read, memory=self.held + engine.checking))
+        self.stages.append(Stage("lower", read=read, memory=self.held + max(engine.lowering, engine.checking)))
         if not type(self.recipe.target).runs_here:
             return f"not collected: engines of target {self.recipe.target_name!r} do not run here", 0
         if not self.has_values:
@@ -332,8 +338,8 @@ class _Planner:
         if not self.request.baseline:
             return "numerics", 0
         baseline = self.recipe.target.predict(self.original)
-        self.held += held_bytes(wide.used_weights()) + baseline.lowering
-        peak = max(baseline.checking, baseline.loaded)
+        self.held += held_bytes(wide.used_weights())
+        peak = max(baseline.lowering, baseline.checking, baseline.loaded)
         self.stages.append(Stage("lower the original", read=self._read(self.original), memory=self.held + peak))
         self.held += baseline.loaded
         activations = max(self.cost.totals.peak_activation_bytes, measure(result).totals.peak_activation_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from optpass.errors import UserError
-from optpass.pipeline.apply import captured
-from optpass.pipeline.component_plan import ComponentPlan, plan_component
+from optpass.pipeline.apply import captured_parts
+from optpass.pipeline.component_plan import PROCESS, ComponentPlan, plan_component
 from optpass.pipeline.recipe import Recipe
 from optpass.pipeline.request import Progress, Request
 from optpass.runtime.bundle import BundleWriter
+from optpass.runtime.components import component_files
 
 SCHEMA = 1
 NOWHERE = Path()
@@ -26,30 +27,35 @@ NOWHERE = Path()
 
 @dataclass(frozen=True)
 class Plan:
-    """What an apply would do, take, and be refused for. A bundle of several components has a plan for each."""
+    """What an apply would do, take, and be refused for: a plan for each component, and what they share.
+
+    ``carried`` are bytes of the pipeline's other files, ``free`` those of the disk that the bundle would lie on.
+    """
 
     recipe: Recipe
     components: tuple[ComponentPlan, ...]
     refusals: tuple[str, ...]
     warnings: tuple[str, ...]
+    carried: int
     macs_per_second: float
     free: int
     command: str = ""
 
     @property
     def memory(self) -> int:
-        """Peak anonymous bytes: components are optimised one after another."""
-        return max((stage.memory for part in self.components for stage in part.stages), default=0)
+        """Peak anonymous bytes: components come one after another, but those that are measured stay for the samples."""
+        peaks = [max(stage.memory for stage in part.stages) - PROCESS for part in self.components]
+        return PROCESS + (sum(peaks) if self.temporary else max(peaks, default=0))
 
     @property
     def bundle(self) -> int:
         """Bytes of the finished bundle."""
-        return sum(part.bundle for part in self.components)
+        return self.carried + sum(part.bundle for part in self.components)
 
     @property
     def temporary(self) -> int:
-        """Bytes of temporary files at their most: those of one component at a time."""
-        return max((part.temporary for part in self.components), default=0)
+        """Bytes of temporary files at their most: the engines of all originals."""
+        return sum(part.temporary for part in self.components)
 
     @property
     def read(self) -> int:
@@ -94,30 +100,43 @@ def plan(
     """
     recipe = replace(recipe, dtype=request.dtype or recipe.dtype)
     refusals = [*_out_refusals(request)]
-    lowers = not request.structure_only or recipe.target.structure_only
-    if lowers and (missing := _refusal(lambda: type(recipe.target).check_installed(recipe.target_name))):
-        # Without its packages, a target cannot even say what it supports.
-        refusals.append(missing)
-        lowers = False
     progress("capture", 0.0)
-    # One component so far: where a recipe addresses several, each is captured and planned here in turn.
-    programs = [captured(recipe, request)]
+    captured = captured_parts(recipe, request)
     progress("capture", 1.0)
-    parts = tuple(
-        plan_component(
-            recipe,
+    parts: list[ComponentPlan] = []
+    for part in captured:
+        lowers, missing = _lowers(part.recipe, request)
+        refusals += missing
+        has_values = part.original.has_values or assume_weights
+        found = plan_component(
+            part.recipe,
             request,
-            program,
-            has_values=program.has_values or assume_weights,
+            part.original,
+            has_values=has_values,
             lowers=lowers,
+            first=not parts,
             progress=progress,
         )
-        for program in programs
-    )
-    refusals += [reason for part in parts for reason in part.refusals]
-    found = Plan(recipe, parts, (), (), _macs_per_second(), _free(request.out), request.command)
-    refusals += _disk_refusals(found, request)
-    return replace(found, refusals=tuple(refusals), warnings=tuple(_warnings(found)))
+        refusals += found.refusals
+        parts.append(found)
+    carried = _carried(parts) if any(part.footprint for part in parts) else 0
+    made = Plan(recipe, tuple(parts), (), (), carried, _macs_per_second(), _free(request.out), request.command)
+    refusals += _disk_refusals(made, request)
+    return replace(made, refusals=tuple(refusals), warnings=tuple(_warnings(made)))
+
+
+def _lowers(recipe: Recipe, request: Request) -> tuple[bool, list[str]]:
+    """Whether engines are foreseen, and why not: without its packages, a target cannot say what it supports."""
+    if request.structure_only and not recipe.target.structure_only:
+        return False, []
+    missing = _refusal(lambda: type(recipe.target).check_installed(recipe.target_name))
+    return not missing, [missing] if missing else []
+
+
+def _carried(parts: Sequence[ComponentPlan]) -> int:
+    names = [part.program.origin.component for part in parts if part.program.origin.component]
+    files = component_files(parts[0].program.origin, names).values()
+    return sum(path.stat().st_size for path in files)
 
 
 def _refusal(check: Callable[[], None]) -> str:

@@ -64,8 +64,8 @@ class Footprint:
     """What the engines of a Program take, in bytes, as :meth:`Target.predict` foresees it.
 
     ``disk``: their files. Memory is anonymous, and beyond what the process holds before it lowers: ``lowering``
-    while they are written, which the allocator keeps; ``checking`` on top of that while the target tries what it
-    wrote; and ``loaded`` once they are loaded to run, activations excepted.
+    at most while they are written, ``checking`` while the target tries what it wrote, and ``loaded`` once they
+    are loaded to run, activations excepted; the last two with what lowering leaves behind.
     """
 
     disk: int

@@ -44,6 +44,19 @@ class GateView:
 
 
 @dataclass(frozen=True)
+class ComponentView:
+    """One component of a pipeline: what was done to it, what it costs, how well its engines agree."""
+
+    name: str
+    class_name: str
+    passes: str
+    target: str
+    changes: Mapping[str, units.Change]
+    error: str
+    latency: str
+
+
+@dataclass(frozen=True)
 class Page:
     """What ``page.jinja`` prints. Texts are untrusted and escaped there; SVG and PNG are made here."""
 
@@ -72,6 +85,7 @@ class Page:
     quality: tuple[tuple[str, str, str], ...]
     gates: tuple[GateView, ...]
     engines: tuple[EngineView, ...]
+    components: tuple[ComponentView, ...]
     engine_difference: Pairs
     recipe: str
     command: str
@@ -110,6 +124,7 @@ def page_of(report: Mapping[str, Any], clips: Clips | None) -> Page:
         quality=_quality(section(report, "samples")),
         gates=tuple(_gate(record) for record in mappings(report, "gates")),
         engines=engines,
+        components=tuple(_component(record) for record in mappings(report, "components")),
         engine_difference=_difference(section(report, "engine_difference")),
         recipe=_yaml(report.get("recipe")),
         command=_command(report),
@@ -153,6 +168,21 @@ def _engine(record: Mapping[str, Any]) -> EngineView:
         units.NO_VALUE if size is None else units.size(size),
         units.NO_VALUE if nodes is None else f"{nodes:,.0f}",
         _pairs(section(record, "details")),
+    )
+
+
+def _component(record: Mapping[str, Any]) -> ComponentView:
+    checkpoint, passes = section(record, "checkpoint"), mappings(record, "passes")
+    error = figure(section(record, "engine_difference"), "relative_error")
+    ratio = figure(section(section(record, "latency"), "ratio"), "median")
+    return ComponentView(
+        text(checkpoint, "component"),
+        text(checkpoint, "class"),
+        ", ".join(text(item, "name") for item in passes) or "none",
+        text(section(record, "target"), "name"),
+        changes(record.get("before"), record.get("after")),
+        units.NO_VALUE if error is None else units.scientific(error),
+        units.NO_VALUE if ratio is None else f"{ratio:.2f}",
     )
 
 

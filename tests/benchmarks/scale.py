@@ -66,7 +66,7 @@ class Bound:
 
 
 def bench_model(model: Model, folder: Path) -> tuple[list[str], list[Bound]]:
-    """Rows of the table and bounds of one model; its files are gone afterwards."""
+    """Rows of the table and bounds of one model, whose files lie in ``folder``."""
     checkpoint, out = folder / "checkpoint", folder / "out"
     size = write_checkpoint(CONFIGS / model.config, checkpoint, shard_bytes=model.shard_bytes)
     (folder / "recipe.yaml").write_text(RECIPE)
@@ -83,7 +83,6 @@ def bench_model(model: Model, folder: Path) -> tuple[list[str], list[Bound]]:
         script = str(Path(__file__).with_name("eager_export.py"))
         exported = watch([sys.executable, script, str(checkpoint), str(folder / "eager.onnx")])
         rows.append(_row("`torch.onnx.export` of the eager model", exported))
-    shutil.rmtree(checkpoint)
     bounds = [
         Bound(f"{model.name}: peak anonymous memory of apply", applied.anonymous / GB, model.anonymous / GB, "GB"),
         Bound(f"{model.name}: CPU time of apply", applied.cpu, model.cpu, "s"),
@@ -94,7 +93,9 @@ def bench_model(model: Model, folder: Path) -> tuple[list[str], list[Bound]]:
 
 def _row(name: str, found: Watched) -> str:
     memory = f"{found.anonymous / GB:.2f} | {found.resident / GB:.2f}"
-    return f"| {name} | {found.wall:.1f} | {found.cpu:.1f} | {memory} | {found.written / GB:.2f} |"
+    row = f"| {name} | {found.wall:.1f} | {found.cpu:.1f} | {memory} |"
+    print(row, file=sys.stderr, flush=True)
+    return row
 
 
 def models(folder: Path) -> tuple[list[str], list[Bound]]:
@@ -102,14 +103,13 @@ def models(folder: Path) -> tuple[list[str], list[Bound]]:
     lines = [
         "## Checkpoints with weights",
         "",
-        "| | wall s | CPU s | peak anonymous GB | peak resident GB | written GB |",
-        "|---|---|---|---|---|---|",
+        "| | wall s | CPU s | peak anonymous GB | peak resident GB |",
+        "|---|---|---|---|---|",
     ]
     bounds: list[Bound] = []
     for model in MODELS:
-        home = folder / model.config
-        home.mkdir()
-        rows, found = bench_model(model, home)
+        with tempfile.TemporaryDirectory(dir=folder) as home:
+            rows, found = bench_model(model, Path(home))
         lines += rows
         bounds += found
     note = (
@@ -193,7 +193,9 @@ def main() -> int:
             bounds += limits
     verdict = list(_verdict(bounds))
     print("\n".join(verdict))
-    text = "\n".join([*lines, "", *verdict, "", "Printed by `make bench`."])
+    whole = arguments.sections == list(SECTIONS)
+    command = "make bench" if whole else f"python tests/benchmarks/scale.py {' '.join(arguments.sections)}"
+    text = "\n".join([*lines, "", *verdict, "", f"Printed by `{command}`."])
     if arguments.out:
         arguments.out.write_text(f"{text}\n", "utf-8")
     return 0 if all(bound.holds for bound in bounds) else 1

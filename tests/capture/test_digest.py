@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from optpass.capture.digest import checkpoint_digest, identified
 from optpass.capture.sources import capture
 from optpass.ir.safetensors_io import Stored, write_safetensors
-from optpass.ir.weights import Cast
+from optpass.ir.weights import Cast, Concat, Scale, Select
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -73,3 +74,15 @@ def test_what_was_written_is_not_read_again(
     assert set(reads.values()) == {1}
     assert reads.keys() == program.weights.keys()
     assert digest == checkpoint_digest(capture(unet_folder, dtype=dtype))
+
+
+def test_leaves_under_any_expression_are_hashed_when_they_are_read(unet_folder: Path, tmp_path: Path) -> None:
+    program = capture(unet_folder)
+    first, second = (program.weights[f"conv_norm_out.{end}"] for end in ("weight", "bias"))
+    joined = Scale(Concat((Select(first, 0, (1, 0)), second), 0), 2.0)
+    program = program.with_weights({"conv_norm_out.weight": Select(joined, 0, tuple(range(8)))})
+    watched = identified(program)
+    found, expected = (each.weights["conv_norm_out.weight"].evaluate() for each in (watched, program))
+    assert torch.equal(found, expected)
+    identity: Any = watched.origin.digest
+    assert {name for _, name in identity._hashes} == {"conv_norm_out.weight", "conv_norm_out.bias"}

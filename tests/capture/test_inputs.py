@@ -121,3 +121,21 @@ def test_a_call_whose_sizes_do_not_follow_is_refused() -> None:
         engine(program)(image=torch.zeros(2, 3, 7), control=torch.zeros(2, 3, 24))
     with pytest.raises(UserError, match=r"width is 13"):
         engine(program)(image=torch.zeros(2, 3, 13), control=torch.zeros(2, 3, 52))
+
+
+class ViewsByTheOther(nn.Module):
+    """Views one input by the batch of another, as transformers do with the embedding of a timestep."""
+
+    def forward(self, tokens: Tensor, shift: Tensor) -> Tensor:
+        return tokens + shift.view(tokens.shape[0], -1, 4)
+
+
+def test_one_dimension_of_two_inputs_is_one_size() -> None:
+    inputs = Inputs({"tokens": Input(("batch", 2, 4)), "shift": Input(("batch", 8))}, {"batch": 3})
+    module, mode = build_fake(ViewsByTheOther)
+    program = export_program(module, mode, example(inputs, batch=[Span(2, 6)]), {}, Origin("test"))
+    graph = program.entries["full"]
+    assert [str(spec) for spec in graph.inputs] == ["tokens: f32[batch, 2, 4]", "shift: f32[batch, 8]"]
+    for batch in (2, 5):
+        tensors = random_inputs(graph.inputs_at({"batch": batch}), {}, seed=batch)
+        torch.testing.assert_close(engine(program)(**tensors), ViewsByTheOther()(**tensors))

@@ -126,6 +126,7 @@ def test_existing_output_is_refused_and_replaced_with_force(optpass, unet_folder
         ),
         (("apply", "export", "{unet}", "-o", "{out}", "--inputs", "smaple=1x3x16x16"), "did you mean 'sample'"),
         (("apply", "export", "{unet}", "-o", "{out}", "--verify", "maybe"), "expected auto, always, never"),
+        (("apply", "export", "{unet}", "-o", "{out}", "--dtype", "flaot16"), "did you mean 'float16'"),
         (("apply", "export", "{unet}", "-o", "{out}", "--print-ir", "during"), "expected before, after"),
     ],
 )

@@ -16,12 +16,12 @@ class Case:
     """A row of the table.
 
     ``config`` is a small ``config.json``, run with random weights; ``factory`` makes the small model
-    where a library has none. ``component`` is the path of the module that is captured instead of the whole
-    model. ``inputs`` are the sizes of the small example, never square. ``full`` is
+    where a library has none. ``inputs`` are the sizes of the small example, never square. ``full`` is
     the published configuration, captured structure-only at ``full_inputs`` (``None`` where the small one
-    says all), and ``published`` the parameters that its authors count. ``dynamic`` names the dimensions
-    (as the input builder calls them) that work dynamic from capture to engine. ``limits`` has, for a
-    stage that does not work, a regular expression that its error must match.
+    says all), and ``published`` the values that the published checkpoint holds. ``dynamic`` names the
+    dimensions (as the input builder calls them) that work open from capture to engine, and ``spans`` the
+    range that one is tried in, where that is narrower than from half to twice its size. ``limits`` has,
+    for a stage that does not work, a regular expression that its error must match.
     """
 
     name: str
@@ -35,4 +35,5 @@ class Case:
     limits: Mapping[str, str] = field(default_factory=dict)
     rtol: float = 1e-4
     published: float | None = None
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     note: str = ""

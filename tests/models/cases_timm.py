@@ -55,10 +55,10 @@ CASES = [
         "timm CrossViT-9",
         config("crossvit_9_240", img_size=[120, 240], depth=[[1, 1, 0]]),
         {"x": (2, 3, 120, 240)},
-        limits={"dynamic:batch": r"CrossVit takes batch from 2 to 4, not 1\.\.4"},
+        ("batch",),
         full=published("crossvit_9_240", 240, fixed_input_size=True),
         published=8.55e6,
-        note=f"{FIXED}; a batch open from 2: torch's matmul for one query asks whether the batch is 1",
+        note=FIXED,
     ),
     Case(
         "timm TNT-S",

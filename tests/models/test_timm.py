@@ -17,10 +17,15 @@ def test_small(case: Case, tmp_path: Path) -> None:
     zoo.check(case, zoo.run(case, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_open_sizes(case: Case, tmp_path: Path) -> None:
-    facts = zoo.run_dynamic(case, tmp_path)
-    zoo.check_dynamic(case, facts)
+def test_open_dimensions(case: Case, tmp_path: Path) -> None:
+    zoo.check_dynamic(case, zoo.run_dynamic(case, tmp_path))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_dimension_is_open_or_says_why_not(case: Case) -> None:
+    assert {*case.dynamic, *zoo.limited(case)} == zoo.inputs_of(case, zoo.small_model(case)).named
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

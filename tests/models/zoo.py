@@ -103,14 +103,17 @@ def run(case: Case, folder: Path) -> Facts:
 def run_dynamic(case: Case, folder: Path) -> Facts:
     """``case`` with all of ``case.dynamic`` open: one engine, run at both ends of the ranges.
 
-    A dimension with a limit (``dynamic:NAME``) is opened alone besides, to see it fail.
+    A dimension with a limit (``dynamic:NAME``, or ``dynamic:OTHER,NAME`` where it fails beside another)
+    is opened besides, to see it fail.
     """
     facts = Facts(case.name)
     model = small_model(case)
     source, options = saved(case, model, folder / "model")
     model = model.get_submodule(case.component)
     declared = inputs_of(case, model)
-    opens = {f"dynamic:{name}": [name] for name in limited(case)} | ({"dynamic": case.dynamic} if case.dynamic else {})
+    opens: dict[str, Collection[str]] = {stage: stage.partition(":")[2].split(",") for stage in _limits(case)}
+    if case.dynamic:
+        opens["dynamic"] = case.dynamic
     for stage, names in opens.items():
         with suppress(StageError), facts.stage(stage):
             program = capture(source, inputs=opened(case, declared, names), **options)
@@ -135,7 +138,11 @@ def _dynamic_error(case: Case, model: nn.Module, program: Program, folder: Path)
 
 def limited(case: Case) -> list[str]:
     """The dimensions of which the case says why they cannot stay open."""
-    return [key.partition(":")[2] for key in case.limits if key.startswith("dynamic:")]
+    return [stage.partition(":")[2].split(",")[-1] for stage in _limits(case)]
+
+
+def _limits(case: Case) -> list[str]:
+    return [stage for stage in case.limits if stage.startswith("dynamic:")]
 
 
 def inputs_of(case: Case, model: Any) -> Inputs:
@@ -160,13 +167,13 @@ def opened(case: Case, declared: Inputs, names: Collection[str]) -> dict[str, li
     for name, sizes in case.inputs.items():
         dims = declared.tensors[name].dims if name in declared.tensors else (name,)
         known |= {dim: size for dim, size in zip(dims, sizes, strict=True) if isinstance(dim, str)}
-        found[name] = [_span(size) if dim in names else size for dim, size in zip(dims, sizes, strict=True)]
+        found[name] = [_span(case, dim, size) if dim in names else size for dim, size in zip(dims, sizes, strict=True)]
     said = {dim for name in found if name in declared.tensors for dim in declared.tensors[name].dims}
-    return found | {name: [_span(known[name])] for name in names if name not in said}
+    return found | {name: [_span(case, name, known[name])] for name in names if name not in said}
 
 
-def _span(size: int) -> Span:
-    return Span(max(1, size // 2), size * 2)
+def _span(case: Case, name: str, size: int) -> Span:
+    return Span(*case.spans.get(name, (max(1, size // 2), size * 2)))
 
 
 def small_model(case: Case) -> nn.Module:
@@ -272,10 +279,10 @@ def check(case: Case, facts: Facts) -> None:
 def check_dynamic(case: Case, facts: Facts) -> None:
     """Assert that the dimensions which should stay open do, and that those with a limit fail as stated."""
     assert "dynamic" not in facts.failures, f"{case.name}: {facts.failures['dynamic']}"
-    for name in limited(case):
-        limit, failure = case.limits[f"dynamic:{name}"], facts.failures.get(f"dynamic:{name}")
-        assert failure is not None, f"{case.name}: {name} stays open now: take its limit out"
-        assert re.search(limit, failure), f"{case.name}: {name} fails with another error: {failure}"
+    for stage in _limits(case):
+        limit, failure = case.limits[stage], facts.failures.get(stage)
+        assert failure is not None, f"{case.name}: {stage} stays open now: take its limit out"
+        assert re.search(limit, failure), f"{case.name}: {stage} fails with another error: {failure}"
 
 
 def config_file(config: Mapping[str, Any], folder: Path) -> Path:

@@ -74,8 +74,8 @@ def test_a_batch_may_stay_open(pipeline_folder: Folder, tmp_path: Path) -> None:
     components = {"transformer": "keep", "vae": {"inputs": {"batch": "1..4"}}}
     made = applied({"components": components}, pipeline_folder("dit"), tmp_path / "out")
     pipeline = library.load_pipeline(made.folder)
-    image = pipeline([1, 2, 3], num_inference_steps=2, output_type="np").images
-    assert image.shape == (3, 16, 16, 3)
+    for labels in ([1], [1, 2, 3]):
+        assert pipeline(labels, num_inference_steps=2, output_type="np").images.shape == (len(labels), 16, 16, 3)
 
 
 def test_the_call_gives_every_component_its_size(pipeline_folder: Folder, tmp_path: Path) -> None:
@@ -87,6 +87,33 @@ def test_the_call_gives_every_component_its_size(pipeline_folder: Folder, tmp_pa
     assert inputs["vae"]["x"] == [2, 4, 8, 20]
     assert inputs["text_encoder"]["input_ids"] == [1, 16]
     assert json.loads((made.folder / "manifest.json").read_text())["call"] == document["call"]
+
+
+def test_a_half_precision_pipeline_stays_half_where_its_models_allow_it(
+    pipeline_folder: Folder, tmp_path: Path
+) -> None:
+    from diffusers import DiTPipeline
+
+    original = DiTPipeline.from_pretrained(pipeline_folder("dit"))
+    DiTPipeline.from_pretrained(pipeline_folder("dit"), torch_dtype=torch.float16).save_pretrained(tmp_path / "half")
+    made = applied({"components": "all"}, tmp_path / "half", tmp_path / "out")
+    pipeline = library.load_pipeline(made.folder)
+    transformer, vae = pipeline.transformer, pipeline.vae
+    assert [str(spec) for spec in transformer.inputs] == [
+        "hidden_states: f16[2, 4, 8, 8]",
+        "timestep: f32[2]",
+        "class_labels: i64[2]",
+    ]
+    # AutoencoderKL says of itself that half precision overflows in it.
+    assert [str(spec) for spec in vae.inputs] == ["z: f32[1, 4, 8, 8]"]
+    assert {transformer.dtype, vae.dtype, pipeline.dtype} == {torch.float32}
+    found, expected = (
+        torch.as_tensor(
+            pipe([3], num_inference_steps=3, generator=torch.Generator().manual_seed(1), output_type="np").images
+        )
+        for pipe in (pipeline, original)
+    )
+    assert float((found - expected).abs().max()) < 0.02
 
 
 def test_a_gate_of_a_component(pipeline_folder: Folder, tmp_path: Path) -> None:
