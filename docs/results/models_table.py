@@ -64,7 +64,8 @@ def _full(case: Any, measure: Measure) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         sizes = [f"--inputs={name}={'x'.join(map(str, shape))}" for name, shape in case.full_inputs.items()]
-        run = measure("inspect", str(zoo.config_file(case.full, Path(folder))), *sizes)
+        part = [f"--component={case.component}"] if case.component else []
+        run = measure("inspect", str(zoo.config_file(case.full, Path(folder))), *sizes, *part)
     totals, [entry] = run.record["totals"], run.record["entries"].values()
     numbers = (totals["parameters"] / 1e6, totals["macs"] / 1e9)
     return [

@@ -54,6 +54,11 @@ IMAGES = [
         {"pixel_values": (2, 3, 24, 16)},
         full=of("vit", "ViTForImageClassification", num_labels=1000),
         published=86.6e6,
+        dynamic=("batch",),
+        limits={
+            "dynamic:height": r"shape '\[1, 4, 4, 16\]' is invalid",
+            "dynamic:width": r"shape '\[1, 4, 4, 16\]' is invalid",
+        },
         note="google/vit-base-patch16-224",
     ),
     Case(
@@ -62,6 +67,7 @@ IMAGES = [
         {"pixel_values": (2, 3, 32, 24)},
         full=of("vit", "ViTModel"),
         full_inputs={"pixel_values": (1, 3, 384, 288)},
+        dynamic=("batch", "height", "width"),
         note="google/vit-base-patch16-224-in21k",
     ),
     Case(
@@ -70,6 +76,7 @@ IMAGES = [
         {"pixel_values": (2, 3, 32, 24)},
         full=of("dinov2", "Dinov2Model", image_size=518),
         published=86.6e6,
+        dynamic=("batch", "height", "width"),
         note="facebook/dinov2-base",
     ),
     Case(
@@ -86,6 +93,7 @@ IMAGES = [
             use_swiglu_ffn=True,
         ),
         published=1136.5e6,
+        dynamic=("batch", "height", "width"),
         note="facebook/dinov2-giant, whose fused projections are cut when they load",
     ),
     Case(
@@ -101,6 +109,7 @@ IMAGES = [
             num_register_tokens=4,
         ),
         published=85.7e6,
+        dynamic=("batch", "height", "width"),
         note="facebook/dinov3-vitb16-pretrain-lvd1689m",
     ),
     Case(
@@ -109,14 +118,16 @@ IMAGES = [
         {"pixel_values": (2, 3, 128, 192)},
         full=of("dinov3_convnext", "DINOv3ConvNextModel"),
         published=27.8e6,
+        dynamic=("batch", "height", "width"),
         note="facebook/dinov3-convnext-tiny-pretrain-lvd1689m",
     ),
     Case(
         "Swin",
         {"architectures": ["SwinForImageClassification"], **SWIN, "depths": [2, 2], "num_heads": [1, 2]},
-        {"pixel_values": (2, 3, 48, 32)},
+        {"pixel_values": (2, 3, 64, 96)},
         full=of("swin", "SwinForImageClassification", num_labels=1000),
         published=28.3e6,
+        dynamic=("batch", "height", "width"),
         note="microsoft/swin-tiny-patch4-window7-224",
     ),
     Case(
@@ -129,9 +140,10 @@ IMAGES = [
             num_heads=[1, 2, 2],
             num_labels=3,
         ),
-        {"pixel_values": (2, 3, 48, 32)},
+        {"pixel_values": (2, 3, 64, 96)},
         full=of("cvt", "CvtForImageClassification", num_labels=1000),
         published=20.0e6,
+        dynamic=("batch", "height", "width"),
         note="microsoft/cvt-13",
     ),
     Case(
@@ -140,6 +152,7 @@ IMAGES = [
         {"pixel_values": (2, 3, 64, 96)},
         full=of("convnextv2", "ConvNextV2ForImageClassification", num_labels=1000),
         published=28.6e6,
+        dynamic=("batch", "height", "width"),
         note="facebook/convnextv2-tiny-1k-224",
     ),
     Case(
@@ -148,6 +161,7 @@ IMAGES = [
         {"pixel_values": (2, 3, 64, 96)},
         full=of("resnet", "ResNetForImageClassification", num_labels=1000),
         published=25.6e6,
+        dynamic=("batch", "height", "width"),
         note="microsoft/resnet-50",
     ),
     Case(
@@ -163,6 +177,11 @@ IMAGES = [
         {"pixel_values": (2, 3, 64, 96)},
         full=of("mobilevit", "MobileViTForImageClassification", num_labels=1000),
         published=5.6e6,
+        dynamic=("batch",),
+        limits={
+            "dynamic:height": r"takes only some sizes of height",
+            "dynamic:width": r"takes only some sizes of width",
+        },
         note="apple/mobilevit-small",
     ),
 ]
@@ -171,9 +190,10 @@ PAIRS_AND_TEXTS = [
     Case(
         "SigLIP",
         of("siglip", "SiglipModel", **PAIR),
-        {"input_ids": (2, 7), "pixel_values": (2, 3, 32, 24)},
+        {"input_ids": (2, 4), "pixel_values": (2, 3, 32, 24)},
         full=of("siglip", "SiglipModel"),
         published=203.2e6,
+        dynamic=("batch", "tokens", "height", "width"),
         note="google/siglip-base-patch16-224",
     ),
     Case(
@@ -181,22 +201,25 @@ PAIRS_AND_TEXTS = [
         of("siglip_vision_model", "SiglipVisionModel", **PATCHES),
         {"pixel_values": (2, 3, 32, 24)},
         full=of("siglip_vision_model", "SiglipVisionModel"),
+        dynamic=("batch", "height", "width"),
         note="google/siglip-base-patch16-224",
     ),
     Case(
         "CLIP",
         of("clip", "CLIPModel", **PAIR, projection_dim=8),
-        {"input_ids": (2, 7)},
+        {"input_ids": (2, 4)},
         full=of("clip", "CLIPModel", text_config=CLIP_L_TEXT, vision_config=CLIP_L_VISION, projection_dim=768),
         published=427.6e6,
+        dynamic=("batch", "tokens", "height", "width"),
         note="openai/clip-vit-large-patch14",
     ),
     Case(
         "CLIP text",
         of("clip_text_model", "CLIPTextModel", **TEXT),
-        {"input_ids": (2, 7)},
+        {"input_ids": (2, 4)},
         full=of("clip_text_model", "CLIPTextModel", **CLIP_L_TEXT),
         published=123.1e6,
+        dynamic=("batch", "tokens"),
         note="openai/clip-vit-large-patch14, as SD 1.5 has it",
     ),
     Case(
@@ -205,6 +228,7 @@ PAIRS_AND_TEXTS = [
         {"pixel_values": (2, 3, 32, 24)},
         full=of("clip_vision_model", "CLIPVisionModel", **CLIP_L_VISION),
         published=303.2e6,
+        dynamic=("batch", "height", "width"),
         note="openai/clip-vit-large-patch14",
     ),
     Case(
@@ -220,7 +244,7 @@ PAIRS_AND_TEXTS = [
             num_heads=2,
             feed_forward_proj="gated-gelu",
         ),
-        {"input_ids": (2, 7)},
+        {"input_ids": (2, 4)},
         full=of(
             "t5",
             "T5EncoderModel",
@@ -232,6 +256,7 @@ PAIRS_AND_TEXTS = [
         ),
         full_inputs={"input_ids": (1, 512)},
         published=4762.3e6,
+        dynamic=("batch", "tokens"),
         note="google/t5-v1_1-xxl, as Flux and SD 3 have it",
     ),
 ]
@@ -250,6 +275,12 @@ CLIPS = [
         {"pixel_values": (2, 4, 3, 24, 16)},
         full=of("videomae", "VideoMAEForVideoClassification", num_labels=400),
         published=86.5e6,
+        dynamic=("batch",),
+        limits={
+            "dynamic:frames": r"takes frames from 4 to 5, not",
+            "dynamic:height": r"code fixes height at 24",
+            "dynamic:width": r"code fixes width at 16",
+        },
         note="MCG-NJU/videomae-base-finetuned-kinetics",
     ),
     Case(
@@ -265,6 +296,12 @@ CLIPS = [
         {"pixel_values": (2, 4, 3, 24, 16)},
         full=of("vivit", "VivitForVideoClassification", num_labels=400),
         published=89.0e6,
+        dynamic=("batch",),
+        limits={
+            "dynamic:frames": r"takes frames from 4 to 5, not",
+            "dynamic:height": r"shape '\[1, 6, 6, 16\]' is invalid",
+            "dynamic:width": r"shape '\[1, 6, 6, 16\]' is invalid",
+        },
         note="google/vivit-b-16x2-kinetics400",
     ),
     Case(
@@ -273,6 +310,12 @@ CLIPS = [
         {"pixel_values": (2, 4, 3, 24, 16)},
         full=of("timesformer", "TimesformerForVideoClassification", num_labels=400),
         published=121.4e6,
+        dynamic=("batch",),
+        limits={
+            "dynamic:frames": r"code fixes frames at 4",
+            "dynamic:height": r"takes height from 16 to 19, not",
+            "dynamic:width": r"takes only some sizes of width",
+        },
         note="facebook/timesformer-base-finetuned-k400",
     ),
 ]
@@ -304,6 +347,7 @@ DENSE = [
         ),
         full_inputs={"pixel_values": (1, 3, 800, 1088)},
         published=41.6e6,
+        dynamic=("batch", "height", "width"),
         note="facebook/detr-resnet-50, with the library's own ResNet for timm's",
     ),
     Case(
@@ -336,6 +380,11 @@ DENSE = [
         ),
         full_inputs={"pixel_values": (1, 3, 384, 384)},
         published=47.4e6,
+        dynamic=("batch",),
+        limits={
+            "dynamic:height": "takes only some sizes of height",
+            "dynamic:width": "takes only some sizes of width",
+        },
         note="facebook/mask2former-swin-tiny-coco-instance",
     ),
     Case(
@@ -357,6 +406,11 @@ DENSE = [
             neck_hidden_sizes=[256, 512, 1024, 1024],
         ),
         published=343e6,
+        dynamic=("batch",),
+        limits={
+            "dynamic:height": r"shape '\[2, 9, 9, 16\]' is invalid",
+            "dynamic:width": r"shape '\[2, 9, 9, 16\]' is invalid",
+        },
         note="Intel/dpt-large",
     ),
     Case(
@@ -385,6 +439,11 @@ DENSE = [
             },
         ),
         published=24.8e6,
+        dynamic=("batch",),
+        limits={
+            "dynamic:height": r"takes height from 32 to 35, not",
+            "dynamic:width": r"takes only some sizes of width",
+        },
         note="depth-anything/Depth-Anything-V2-Small-hf",
     ),
     Case(
@@ -392,6 +451,8 @@ DENSE = [
         of("sam2_vision_model", "Sam2VisionModel", **SAM2_VISION),
         {"pixel_values": (2, 3, 64, 32)},
         full=of("sam2_vision_model", "Sam2VisionModel"),
+        dynamic=("batch",),
+        limits={"dynamic:height": r"cannot be solved", "dynamic:width": r"cannot be solved"},
         note="facebook/sam2.1-hiera-tiny",
     ),
     Case(
@@ -409,6 +470,8 @@ DENSE = [
         component="memory_attention",
         full=of("sam2_video", "Sam2VideoModel"),
         published=38.9e6,
+        dynamic=("batch",),
+        limits={"dynamic:memory_tokens": r"Could not guard on data-dependent expression"},
         note="facebook/sam2.1-hiera-tiny, whose parameters are the whole tracker's",
     ),
 ]
