@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from optpass.capture.inputs import Example
-from optpass.capture.unit_sizes import at_one, same_operators
+from optpass.capture.unit_sizes import at_one, same_operators, squeezed
 from optpass.errors import UserError
 from optpass.ir.dimensions import Dimension, Dimensions
 from optpass.ir.guards import Guard
@@ -49,9 +49,22 @@ def export_open(module: nn.Module, example: Example, export: Export) -> tuple[Ex
         except Exception:
             # Not only refusals: with nothing declared, torch.export no longer knows that two inputs share a size.
             if widened := _with_ones(name, example, export):
-                return widened
+                return _unsqueezed(name, *widened)
             raise
-        return (_with_ones(name, example, export, found) if found[1].guards else None) or found
+        return _unsqueezed(name, *((_with_ones(name, example, export, found) if found[1].guards else None) or found))
+
+
+def _unsqueezed(name: str, exported: ExportedProgram, dimensions: Dimensions) -> tuple[ExportedProgram, Dimensions]:
+    """
+    Raises:
+        UserError: the model drops a dimension when it is 1, and its range begins there.
+    """
+    for item in dimensions:
+        if item.minimum == 1 and squeezed(exported, item.symbol):
+            raise UserError(
+                f"{name} returns other dimensions when {item.name} is 1 (it squeezes them); let the range begin at 2"
+            )
+    return exported, dimensions
 
 
 @contextmanager

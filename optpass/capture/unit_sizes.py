@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_flatten
 
 from optpass.capture.inputs import Example
 from optpass.ir.dialect import IDENTITIES, is_assertion
-from optpass.ir.sizes import is_size
+from optpass.ir.sizes import is_size, sizes_of
 
+SQUEEZES = (torch.ops.aten.squeeze.default, torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims)
 SLICE = (None, 0, 0, sys.maxsize, 1)
 """What ``slice`` takes for operand, dimension, start, end and step when it is not told."""
 
@@ -42,6 +43,21 @@ def at_one(example: Example, name: str) -> Example:
     places = {path: {axis: dim for axis, dim in axes.items() if dim != name} for path, axes in example.places.items()}
     others = tuple(item for item in example.dimensions if item.name != name)
     return replace(example, arguments=resized(dict(example.arguments), ""), dimensions=others, places=places)
+
+
+def squeezed(exported: ExportedProgram, symbol: str) -> bool:
+    """Whether a dimension is dropped where ``symbol`` is 1: a ``squeeze`` of it leaves no guard, and keeps it."""
+    for node in exported.graph.nodes:
+        if node.target not in SQUEEZES:
+            continue
+        source: Any = node.args[0]
+        sizes = sizes_of(source.meta["val"])
+        given = node.args[1] if len(node.args) > 1 else list(range(len(sizes)))
+        for axis in given if isinstance(given, (list, tuple)) else [given]:
+            names = {str(item): item for item in getattr(sizes[axis], "free_symbols", ())}
+            if symbol in names and sizes[axis].subs(names[symbol], 1) == 1:
+                return True
+    return False
 
 
 def same_operators(one: ExportedProgram, other: ExportedProgram) -> bool:

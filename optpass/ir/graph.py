@@ -131,7 +131,7 @@ class Graph:
         ``like`` is the node whose module the new one belongs to. Sizes among the arguments may be
         symbolic, as :func:`shape_of` gives them: nodes that compute them are inserted too.
         """
-        args, kwargs = _map_sizes((args, kwargs), lambda size: materialise(self, size))
+        args, kwargs = _map_sizes((args, kwargs), lambda size: materialise(self.fx, size, self.annotate))
         node = self.fx.call_function(operator, args, kwargs)
         return self.annotate(node, like)
 
@@ -146,7 +146,7 @@ class Graph:
 
     def sizes(self, node: Node) -> list[int | Node]:
         """The shape of ``node`` as arguments of a call: whole numbers, and nodes where a size is open."""
-        return [materialise(self, size) for size in shape_of(node)]
+        return [materialise(self.fx, size, self.annotate) for size in shape_of(node)]
 
     def weight(self, name: str, expression: Expression, *, like: Node) -> Node:
         """Insert a read of weight ``name``; the caller puts ``expression`` under it into the store."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,9 @@ from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, ToFloat
 
 if TYPE_CHECKING:
     from optpass.ir.dimensions import Dimensions, Size
-    from optpass.ir.graph import Graph
+
+Annotate = Callable[[Node], Node]
+"""Gives a new node its provenance and its value, and returns it."""
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -113,8 +115,10 @@ def _by_symbol(dimensions: Dimensions) -> dict[sympy.Symbol, sympy.Expr]:
     return found
 
 
-def materialise(graph: Graph, size: Any) -> int | Node:
+def materialise(graph: fx.Graph, size: Any, annotate: Annotate) -> int | Node:
     """A node that computes ``size`` from the sizes of the graph's inputs; a whole number stays one.
+
+    New nodes stand at the graph's insertion point, each given its value by ``annotate``.
 
     Raises:
         ValueError: a symbol of it is in no input.
@@ -123,48 +127,48 @@ def materialise(graph: Graph, size: Any) -> int | Node:
         return size
     for placeholder, axis, found in _open_sizes(graph):
         if found == size:
-            return _sym_size(graph, placeholder, axis)
+            return annotate(_sym_size(graph, placeholder, axis))
     from torch.utils._sympy.interp import sympy_interp
     from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-    tracer = _Annotating(graph)
-    symbols = {symbol: fx.Proxy(_symbol_node(graph, symbol), tracer) for symbol in size.free_symbols}
+    tracer = _Annotating(graph, annotate)
+    symbols = {symbol: fx.Proxy(_symbol_node(graph, symbol, annotate), tracer) for symbol in size.free_symbols}
     result: Any = sympy_interp(PythonReferenceAnalysis, symbols, size)
     return result.node if isinstance(result, fx.Proxy) else int(result)
 
 
 class _Annotating(fx.proxy.GraphAppendingTracer):
-    """Appends what is traced to a graph of ours, its sizes inferred."""
+    """Appends what is traced to a graph, each node with its value."""
 
-    def __init__(self, graph: Graph) -> None:
-        super().__init__(graph.fx)
-        self.ours = graph
+    def __init__(self, graph: fx.Graph, annotate: Annotate) -> None:
+        super().__init__(graph)
+        self.annotate = annotate
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
-        return self.ours.annotate(super().create_node(*args, **kwargs))
+        return self.annotate(super().create_node(*args, **kwargs))
 
 
-def _open_sizes(graph: Graph) -> Iterator[tuple[Node, int, Any]]:
+def _open_sizes(graph: fx.Graph) -> Iterator[tuple[Node, int, Any]]:
     """Every symbolic size of an input: the placeholder, the axis, the expression."""
-    for placeholder in itertools.takewhile(lambda node: node.op == "placeholder", graph.fx.nodes):
+    for placeholder in itertools.takewhile(lambda node: node.op == "placeholder", graph.nodes):
         value = placeholder.meta["val"]
         for axis, size in enumerate(sizes_of(value) if isinstance(value, Tensor) else ()):
             if not isinstance(size, int):
                 yield placeholder, axis, size
 
 
-def _symbol_node(graph: Graph, symbol: Any) -> Node:
+def _symbol_node(graph: fx.Graph, symbol: Any, annotate: Annotate) -> Node:
     """A node whose value is ``symbol``: an input's size is step · symbol + offset."""
     for placeholder, axis, size in _open_sizes(graph):
         if size.free_symbols != {symbol}:
             continue
         step, offset = size.coeff(symbol), size.subs(symbol, 0)
-        node = _sym_size(graph, placeholder, axis)
+        node = annotate(_sym_size(graph, placeholder, axis))
         if offset:
-            node = graph.annotate(graph.fx.call_function(operator.sub, (node, int(offset))))
-        return node if step == 1 else graph.annotate(graph.fx.call_function(operator.floordiv, (node, int(step))))
+            node = annotate(graph.call_function(operator.sub, (node, int(offset))))
+        return node if step == 1 else annotate(graph.call_function(operator.floordiv, (node, int(step))))
     raise ValueError(f"no input has the size {symbol}")
 
 
-def _sym_size(graph: Graph, placeholder: Node, axis: int) -> Node:
-    return graph.annotate(graph.fx.call_function(torch.ops.aten.sym_size.int, (placeholder, axis)))
+def _sym_size(graph: fx.Graph, placeholder: Node, axis: int) -> Node:
+    return graph.call_function(torch.ops.aten.sym_size.int, (placeholder, axis))

@@ -64,6 +64,11 @@ class Bounded(nn.Module):
         return image + 1 if image.shape[0] < 4 else image - 1
 
 
+class Squeezing(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image.squeeze(0) * 2
+
+
 def open_program(build: Factory, *sizes: int | str, step: int = 0) -> tuple[Program, nn.Module]:
     torch.manual_seed(0)
     real = randomised(build().eval())
@@ -139,6 +144,13 @@ def test_a_range_that_the_model_takes_in_part_is_refused_with_the_part() -> None
 def test_a_range_without_a_multiple_of_the_step_is_refused() -> None:
     with pytest.raises(UserError, match=r"height is a multiple of 8 in this model; 9..15 holds at most one"):
         open_program(Halving, 1, 3, "9..15", 16, step=8)
+
+
+def test_a_range_from_one_is_refused_where_one_is_squeezed_away() -> None:
+    with pytest.raises(UserError, match=r"Squeezing returns other dimensions when batch is 1 .*begin at 2"):
+        open_program(Squeezing, "1..4", 3, 8, 12)
+    program, real = open_program(Squeezing, "2..4", 3, 8, 12)
+    check(program, real, (2, 3, 8, 12), (4, 3, 8, 12))
 
 
 def test_a_saved_program_keeps_its_ranges(tmp_path: Path) -> None:
