@@ -86,7 +86,7 @@ def test_drop_in_for_the_pipelines_unet(applied, moving_digits):
 def test_a_quality_gate_that_fails_keeps_a_reproducer_that_fails_alike(optpass, moving_digits, tmp_path):
     recipe = tmp_path / "strict.yaml"
     gate = "{after: cast, metric: psnr, min: 200, clips: 1, steps: 2}"
-    recipe.write_text(f"passes: [{{cast: {{dtype: float16}}}}]\ngates: [{gate}]\ntarget: program\n")
+    recipe.write_text(f"dtype: float32\npasses: [{{cast: {{dtype: float16}}}}]\ngates: [{gate}]\ntarget: program\n")
     outcome = optpass("apply", recipe, moving_digits, "-o", tmp_path / "b", "--inputs", "sample=2x8x4x16x16", "--json")
     assert outcome.code == 3
     assert not (tmp_path / "b").exists()
