@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +18,10 @@ from typing import Any, NamedTuple
 from models_table import FAMILIES, models
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests" / "benchmarks"))
+
+from watched import watch  # noqa: E402 - found on the path above
+
 RESULTS = Path(__file__).parent
 SVD, SD15 = "tests/configs/svd-unet", "tests/configs/sd15-unet"
 DIGITS = "tests/checkpoints/moving-digits"
@@ -36,18 +38,8 @@ class Run(NamedTuple):
 
 def optpass(*arguments: str) -> Run:
     """Run the command with ``--json``."""
-    command = [str(Path(sys.executable).parent / "optpass"), *arguments, "--json"]
-    start = time.perf_counter()
-    # wait4 gives the peak of this child alone; getrusage(CHILDREN) would give the largest so far.
-    with tempfile.TemporaryFile() as stdout, subprocess.Popen(command, stdout=stdout, cwd=ROOT) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        stdout.seek(0)
-        printed = stdout.read()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit {process.returncode}")
-    elapsed = time.perf_counter() - start
-    return Run(json.loads(printed), elapsed, usage.ru_maxrss / 1e3, usage.ru_utime + usage.ru_stime)
+    found = watch([str(Path(sys.executable).parent / "optpass"), *arguments, "--json"], cwd=ROOT)
+    return Run(json.loads(found.printed), found.wall, found.resident / 1e6, found.cpu)
 
 
 def published_counts() -> str:

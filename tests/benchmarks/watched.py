@@ -15,12 +15,13 @@ INTERVAL = 0.02
 
 @dataclass(frozen=True)
 class Watched:
-    """``cpu`` is user and system time; memory in bytes, ``anonymous`` without mapped files."""
+    """``cpu`` is user and system time; memory in bytes, ``anonymous`` without mapped files; what it ``printed``."""
 
     wall: float
     cpu: float
     anonymous: int
     resident: int
+    printed: bytes
 
 
 def watch(command: Sequence[str], *, cwd: Path | None = None) -> Watched:
@@ -29,9 +30,9 @@ def watch(command: Sequence[str], *, cwd: Path | None = None) -> Watched:
     Raises:
         SystemExit: the command failed; its output is shown.
     """
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=cwd)
+        process = subprocess.Popen(command, stdout=output, stderr=errors, cwd=cwd)
         anonymous = resident = 0
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -42,11 +43,14 @@ def watch(command: Sequence[str], *, cwd: Path | None = None) -> Watched:
             time.sleep(INTERVAL)
         wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (output, errors):
+            file.seek(0)
+        printed = output.read()
         if process.returncode:
-            output.seek(0)
-            raise SystemExit(f"{' '.join(command)}: exit {process.returncode}\n{output.read().decode()[-4000:]}")
+            said = (printed + errors.read()).decode()[-4000:]
+            raise SystemExit(f"{' '.join(command)}: exit {process.returncode}\n{said}")
     # Not ru_maxrss: it counts the parent's own memory at the moment of the fork.
-    return Watched(wall, usage.ru_utime + usage.ru_stime, anonymous, resident)
+    return Watched(wall, usage.ru_utime + usage.ru_stime, anonymous, resident, printed)
 
 
 def _sample(pid: int) -> dict[str, int]:

@@ -298,4 +298,5 @@ def full_parameters(case: Case) -> int:
 
     assert case.full is not None
     module, _ = build_fake(lambda: _built(Case(case.name, case.full or {})))
-    return sum(value.numel() for value in module.state_dict().values() if value.is_floating_point())
+    tensors = {id(value): value for value in module.state_dict(keep_vars=True).values()}
+    return sum(value.numel() for value in tensors.values() if value.is_floating_point())
