@@ -24,7 +24,7 @@ from optpass.capture.inputs import Example
 from optpass.capture.unit_sizes import at_one, same_operators, squeezed
 from optpass.errors import UserError
 from optpass.ir.dimensions import Dimension, Dimensions
-from optpass.ir.guards import Guard
+from optpass.ir.guards import Guard, identifier
 from optpass.ir.sizes import oblivious, sizes_of
 from optpass.quiet import first_lines
 
@@ -49,17 +49,20 @@ def export_open(module: nn.Module, example: Example, export: Export) -> tuple[Ex
         except Exception:
             # Not only refusals: with nothing declared, torch.export no longer knows that two inputs share a size.
             if widened := _with_ones(name, example, export):
-                return _unsqueezed(name, *widened)
+                return _whole(name, *widened)
             raise
-        return _unsqueezed(name, *((_with_ones(name, example, export, found) if found[1].guards else None) or found))
+        return _whole(name, *((_with_ones(name, example, export, found) if found[1].guards else None) or found))
 
 
-def _unsqueezed(name: str, exported: ExportedProgram, dimensions: Dimensions) -> tuple[ExportedProgram, Dimensions]:
+def _whole(name: str, exported: ExportedProgram, dimensions: Dimensions) -> tuple[ExportedProgram, Dimensions]:
     """
     Raises:
-        UserError: the model drops a dimension when it is 1, and its range begins there.
+        UserError: a guard takes sizes out of a dimension's range, or the model drops the dimension when it is 1.
     """
+    guards = [Guard(text) for text in dimensions.guards]
     for item in dimensions:
+        if (taken := _stepped(name, item, guards)) != item:
+            raise UserError(f"{name} takes {item.name} at {taken}, not at {item}; give the steps with the range")
         if item.minimum == 1 and squeezed(exported, item.symbol):
             raise UserError(
                 f"{name} returns other dimensions when {item.name} is 1 (it squeezes them); let the range begin at 2"
@@ -212,9 +215,12 @@ def _learned(
 
 def _stepped(name: str, item: Dimension, guards: Sequence[Guard]) -> Dimension:
     """``item`` in the steps that pass every guard that concerns it alone."""
-    own = [guard for guard in guards if guard.names == {item.name}]
+    known = identifier(item.name)
+    own = [guard for guard in guards if guard.names == {known}]
+    if not own:
+        return item
     sizes = range(item.minimum, min(item.maximum, item.minimum + TRIED) + 1, item.step)
-    passed = [size for size in sizes if all(guard.holds({item.name: size}) for guard in own)]
+    passed = [size for size in sizes if all(guard.holds({known: size}) for guard in own)]
     gaps = {b - a for a, b in itertools.pairwise(passed)}
     if len(gaps) != 1:
         sample = ", ".join(map(str, passed[:6])) or "none"
@@ -241,9 +247,9 @@ def _guards(exported: ExportedProgram, example: Example) -> list[Guard]:
 def _named_size(match: re.Match[str], example: Example) -> str:
     keys, axis = re.findall(r"\w+", match[1]), int(match[2])
     if (dim := example.places.get(".".join(keys), {}).get(axis)) is not None:
-        return _identifier(dim)
+        return identifier(dim)
     if (multiple := example.multiples.get(".".join(keys), {}).get(axis)) is not None:
-        return f"({multiple[1]}*{_identifier(multiple[0])})"
+        return f"({multiple[1]}*{identifier(multiple[0])})"
     value: Any = example.arguments
     for key in keys:
         value = value[key] if key in value else value[int(key)]
@@ -252,7 +258,7 @@ def _named_size(match: re.Match[str], example: Example) -> str:
 
 def _remaining(dimensions: Sequence[Dimension], guards: Sequence[Guard]) -> list[str]:
     """The guards that some sizes in the declared ranges break."""
-    named = {_identifier(item.name): item for item in dimensions}
+    named = {identifier(item.name): item for item in dimensions}
     found = []
     for guard in guards:
         names = sorted(guard.names & named.keys())
@@ -260,11 +266,6 @@ def _remaining(dimensions: Sequence[Dimension], guards: Sequence[Guard]) -> list
         if not all(guard.holds(dict(zip(names, sizes, strict=True))) for sizes in grid):
             found.append(guard.text)
     return list(dict.fromkeys(found))
-
-
-def _identifier(name: str) -> str:
-    """A dimension's name as a guard can hold it."""
-    return re.sub(r"\W", "_", name).strip("_")
 
 
 def _symbol(item: Dimension, example: Example, exported: ExportedProgram, name: str) -> str:

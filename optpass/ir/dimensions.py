@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optpass.errors import UserError
-from optpass.ir.guards import Guard, size_at
+from optpass.ir.guards import Guard, identifier, size_at
 
 Size = int | str
 """A fixed size, or an expression over the names of open dimensions (for inputs a name, or a multiple of one)."""
@@ -122,7 +122,8 @@ class Dimensions:
         return found
 
     def _broken(self, sizes: Mapping[str, int]) -> str:
-        return next((guard for guard in self.guards if not Guard(guard).holds(sizes)), "")
+        known = {identifier(name): size for name, size in sizes.items()}
+        return next((guard for guard in self.guards if not Guard(guard).holds(known)), "")
 
     def as_json(self) -> dict[str, Any]:
         return {"items": [item.as_json() for item in self.items], "guards": list(self.guards)}

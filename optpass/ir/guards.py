@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,11 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {"max": max, "min": min}
 DIGITS = 15
+
+
+def identifier(name: str) -> str:
+    """A dimension's name as a guard can hold it: ``image[2]`` → ``image_2``."""
+    return re.sub(r"\W+", "_", name).strip("_")
 
 
 class Guard:

@@ -42,6 +42,12 @@ def test_alternatives_are_the_ends_that_no_guard_refuses() -> None:
     assert FIXED.alternatives() == []
 
 
+def test_guards_know_dimensions_that_are_named_by_their_place() -> None:
+    place = Dimensions((Dimension("image[2]", 1, 9, example=2),), ("image_2 <= 4",))
+    with pytest.raises(UserError, match="the model needs image_2 <= 4"):
+        place.resolve([("image", (1, 1, "image[2]"), (1, 1, 5))])
+
+
 def test_json_round_trip_and_damage() -> None:
     assert Dimensions.from_json(DIMENSIONS.as_json()) == DIMENSIONS
     with pytest.raises(UserError, match="no comparison of sizes"):

@@ -343,6 +343,7 @@ CASES = [
         FLUX,
         {"hidden_states": (2, 24, 4), "encoder_hidden_states": (2, 5, 12)},
         ("batch", "image_tokens", "tokens"),
+        spans={"batch": (2, 4)},
         full=FLUX_FULL,
         published=11.901e9,
     ),
@@ -440,7 +441,7 @@ CASES = [
         full=DIT_FULL,
         published=749.83e6,
         # The port takes the root of the number of tokens for height and width.
-        limits={f"dynamic:{name}": rf"guards=.*\({name} // 2\) == 4" for name in ("height", "width")},
+        limits={f"dynamic:{name}": rf"takes only some sizes of {name}" for name in ("height", "width")},
         note="square only; diffusers' port holds the embeddings of timestep and class once a block: 675 M in the paper",
     ),
     Case(
@@ -451,6 +452,8 @@ CASES = [
         full=LATTE_FULL,
         published=1.056e9,
         limits={"dynamic:frames": "the model's code fixes frames at"},
+        spans={"height": (10, 16)},
+        note=OWN_HEIGHT,
     ),
     Case(
         "Qwen-Image",
