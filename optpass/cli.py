@@ -240,7 +240,7 @@ def inspect(
 def _print_inspection(facts: dict[str, Any]) -> None:
     console.out.print(f"[bold]{facts['checkpoint']['class']}[/bold]  {facts['checkpoint']['name']}")
     for name, entry in facts["entries"].items():
-        shapes = [f"{spec['name']} {spec['dtype']}{spec['shape']}" for spec in entry["inputs"]]
+        shapes = [f"{spec['name']} {spec['dtype']}[{', '.join(map(str, spec['shape']))}]" for spec in entry["inputs"]]
         console.out.print(f"{name}({', '.join(shapes)}), {entry['nodes']} nodes", markup=False)
         for item in entry["dimensions"]:
             steps = f" in steps of {item['step']}" if item["step"] > 1 else ""
