@@ -24,6 +24,10 @@ class UserError(OptpassError):
     exit_code = 2
 
 
+class CaptureError(UserError):
+    """torch.export refuses a model as it is; the message names the module where it failed."""
+
+
 class WeightError(UserError):
     """A weight is missing, damaged, of the wrong shape, or holds NaN or Inf."""
 

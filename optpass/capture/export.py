@@ -18,7 +18,7 @@ from optpass.capture.binding import bind
 from optpass.capture.inputs import Example
 from optpass.capture.open_sizes import export_open
 from optpass.capture.tracing import data_is_traced, failing_module
-from optpass.errors import UserError
+from optpass.errors import CaptureError, UserError
 from optpass.interchange.canonical import canonicalise
 from optpass.ir.dialect import verify
 from optpass.ir.dimensions import FIXED, Dimensions
@@ -142,7 +142,7 @@ def _exported(module: nn.Module, mode: FakeTensorMode, example: Example) -> tupl
         except Exception as error:
             # Torch's own hint at a line of code ends in the frames of the tracer.
             where, reason = failing_module(error, module), first_lines(error).partition(" Caused by:")[0]
-            raise UserError(f"torch.export cannot capture {type(module).__name__}: at {where}: {reason}") from error
+            raise CaptureError(f"torch.export cannot capture {type(module).__name__}: at {where}: {reason}") from error
 
 
 def _fakes(mode: FakeTensorMode, example: Example) -> dict[str, Any]:

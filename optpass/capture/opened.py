@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -12,8 +13,9 @@ from optpass.capture.export import export_program
 from optpass.capture.inputs import Inputs
 from optpass.capture.request import Opened, Request
 from optpass.capture.submodule import submodule
+from optpass.errors import CaptureError
 from optpass.ir.program import Origin, Program
-from optpass.ir.weights import Expression
+from optpass.ir.weights import Expression, dtype_name
 
 
 def opened(
@@ -55,6 +57,14 @@ def captured(request: Request, model: Opened, inputs: Inputs) -> Program:
         WeightError: the weights do not fit.
     """
     example = inputs.arguments(request.sizes, request.defaults, request.dtype)
-    return export_program(
-        model.module, model.mode, example, model.checkpoint, model.origin, ranges=inputs.ranges, loop=request.loop
-    )
+    try:
+        return export_program(
+            model.module, model.mode, example, model.checkpoint, model.origin, ranges=inputs.ranges, loop=request.loop
+        )
+    except CaptureError as error:
+        if request.given_dtype is not None or request.dtype == torch.float32:
+            raise
+        # Some models make float32 values on the way (images as bytes), which half-precision weights do not take.
+        raise CaptureError(
+            f"{error}; it was captured in {dtype_name(request.dtype)}, as its weights are: try --dtype float32"
+        ) from error

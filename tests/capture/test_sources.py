@@ -187,3 +187,10 @@ def test_a_saved_program_is_a_source(
     assert_same_function(program, small_unet)
     with pytest.raises(UserError, match="holds a graph of fixed sizes"):
         capture(tmp_path / "saved", inputs={"sample": [5, 2, 8, 8]})
+
+
+def test_a_model_that_half_precision_does_not_suit_says_how_to_capture_it(moving_digits):
+    with pytest.raises(UserError, match=r"AutoencoderTiny: at decoder.*captured in f16.*--dtype float32"):
+        capture(moving_digits, component="vae")
+    program = capture(moving_digits, component="vae", dtype=torch.float32)
+    assert program.origin.class_name == "AutoencoderTiny"
