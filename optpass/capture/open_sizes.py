@@ -25,6 +25,7 @@ from optpass.capture.unit_sizes import at_one, same_operators, squeezed
 from optpass.errors import UserError
 from optpass.ir.dimensions import Dimension, Dimensions
 from optpass.ir.guards import Guard, identifier
+from optpass.ir.signature import named_leaves
 from optpass.ir.sizes import oblivious, sizes_of
 from optpass.quiet import first_lines
 
@@ -293,20 +294,8 @@ def _user_inputs(exported: ExportedProgram, example: Example) -> dict[str, Tenso
     """The exported fake tensors by dotted input name, in the order that arguments flatten to."""
     values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
     leaves = [values[spec.arg.name] for spec in exported.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
-    names: list[str] = []
-    _collect(dict(example.arguments), "", names)
+    names = [name for name, _ in named_leaves(example.arguments)]
     return dict(zip(names, leaves, strict=True))
-
-
-def _collect(value: Any, path: str, names: list[str]) -> None:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _collect(item, f"{path}.{key}" if path else str(key), names)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _collect(item, f"{path}.{index}", names)
-    else:
-        names.append(path)
 
 
 def _listed(dimensions: Sequence[Dimension]) -> str:

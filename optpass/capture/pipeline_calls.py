@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from optpass.capture.request import Opened
 from optpass.errors import OptpassError, UserError
 from optpass.ir.program import InputRange
+from optpass.ir.signature import named_leaves
 from optpass.quiet import first_lines
 
 METHODS = ("forward", "encode", "decode", "get_image_features", "get_text_features")
@@ -174,8 +175,7 @@ def _record(where: str, original: Any, args: Any, kwargs: Any, calls: dict[str, 
         if name == "return_dict" or _says_nothing(value, None if parameter is None else parameter.default):
             continue
         kept[name] = _without_values(value, f"{where}({name})", name)
-    tensors: dict[str, Tensor] = {}
-    _collect(given, "", tensors)
+    tensors = _tensors(given)
     seen = MethodCall(kept, _parameters(signature, kept))
     first = calls.setdefault(method, seen)
     _check_alike(where, first, seen)
@@ -218,16 +218,8 @@ def _parameters(signature: inspect.Signature, kept: Mapping[str, Any]) -> tuple[
     return (*named, *further, *((VARIADIC,) if takes_more else ()))
 
 
-def _collect(value: Any, path: str, found: dict[str, Tensor]) -> None:
-    """Tensors by the names that :func:`optpass.ir.signature.tree_of_example` gives them."""
-    if isinstance(value, Tensor):
-        found[path] = value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _collect(item, f"{path}.{key}" if path else str(key), found)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _collect(item, f"{path}.{index}" if path else str(index), found)
+def _tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in named_leaves(arguments) if isinstance(value, Tensor)}
 
 
 def _widen(spans: dict[str, tuple[float, float]], name: str, value: Tensor) -> None:
@@ -251,10 +243,7 @@ def _check_alike(where: str, first: MethodCall, other: MethodCall) -> None:
     if pytree.tree_structure(first.arguments) != pytree.tree_structure(other.arguments):
         names = f"{', '.join(first.arguments)}) and ({', '.join(other.arguments)}"
         raise UserError(f"the pipeline calls {where} in two ways, with ({names}); {remedy}")
-    before: dict[str, Tensor] = {}
-    after: dict[str, Tensor] = {}
-    _collect(first.arguments, "", before)
-    _collect(other.arguments, "", after)
+    before, after = _tensors(first.arguments), _tensors(other.arguments)
     for name, value in before.items():
         if value.shape != after[name].shape:
             sizes = f"{list(value.shape)} and of {list(after[name].shape)}"

@@ -128,6 +128,19 @@ def tree_of_example(value: Any, path: str) -> Tree:
     return Tree("constant", value=value)
 
 
+def named_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What stands in nested arguments, by the names that :func:`tree_of_example` gives, in flattening order."""
+    if isinstance(value, Mapping):
+        items: Any = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        yield path, value
+        return
+    for key, item in items:
+        yield from named_leaves(item, f"{path}.{key}" if path else str(key))
+
+
 def tree_of_spec(spec: TreeSpec, path: str = "") -> Tree:
     """The tree of what the module returns; unnamed tensors are called ``output``, ``output.0`` …"""
     if spec.is_leaf():
