@@ -68,7 +68,9 @@ class HashedFile:
         Raises:
             OSError: the disk is full, or fails.
         """
-        hashed: Future[None] = self._thread.submit(self._hash.update, data)
+        # The thread takes the piece out of the list: it may outlive the call, and must not hold the piece then.
+        pieces = [data]
+        hashed: Future[None] = self._thread.submit(lambda: self._hash.update(pieces.pop()))
         rest = memoryview(data)
         try:
             while rest:

@@ -183,6 +183,7 @@ def write_safetensors(
                 data = tensor_bytes(checked(name, expression, allow_nonfinite=allow_nonfinite))
                 file.write(data)
                 progress(len(data))
+                del data  # before the next one is evaluated
             return file.digest
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -71,6 +71,13 @@ class Pass(Options):
         Report every changed site with ``context.rewrote`` and every refusal with ``context.decline``.
         """
 
+    def reference(self, program: Program) -> Program:
+        """What an ``exact`` pass's result must equal as a function: ``program`` itself, where nothing else is said.
+
+        A pass that puts something in (an adapter) gives the plain form of the same thing, made another way.
+        """
+        return program
+
     def ensures(self, program: Program) -> list[str]:
         """What is wrong with the result; empty when nothing is. Runs after the pass, on its result."""
         return []

@@ -37,7 +37,8 @@ class Verification:
         if reason := self._skipped(event):
             facts |= {"difference": None, "verified": f"not verified: {reason}"}
             return
-        difference = self._difference(event.before, event.after, contract) if event.record.modified else EQUAL
+        reference = event.step.record.reference(event.before)
+        difference = self._difference(reference, event.after, contract) if event.record.modified else EQUAL
         facts["difference"] = difference.as_dict()
         error = difference.relative_error
         if contract.kind != "exact":
