@@ -129,7 +129,7 @@ class OnnxRuntime(Target):
         with ExternalData(path, allow_nonfinite=lowering.allow_nonfinite) as data:
             facts = {name: self._write(name, program, lowering, data) for name in names}
         lowered = {name: self._lowered(name, program, lowering, fact) for name, fact in facts.items()}
-        return {name: replace(entry, digests=data.digests) for name, entry in lowered.items()}
+        return {name: replace(entry, digests=data.digests, slotted=data.slotted) for name, entry in lowered.items()}
 
     def _write(self, name: str, program: Program, lowering: Lowering, data: ExternalData) -> OnnxFacts:
         return write_onnx(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 from optpass.errors import UserError
 from optpass.ir.hashing import HashedFile, tensor_bytes
 from optpass.ir.safetensors_io import checked
+from optpass.ir.slots import Placement, has_slot
 from optpass.ir.weights import Expression
 
 if TYPE_CHECKING:
@@ -36,16 +38,98 @@ EXPRESSION = "optpass.expression"
 
 
 class ExternalData:
-    """Context: a data file that models beside it share; an expression that several of them use is written once.
+    """Context: the data files that models beside them share; an expression that several of them use is written once.
 
-    Evaluates one tensor at a time. Left by an error, or with nothing in it, no file stays.
+    Weights whose content can be exchanged (:mod:`optpass.ir.slots`) go to a file of their own,
+    ``NAME.slots.data``, so that an exchange writes no other. Evaluates one tensor at a time. Left by an
+    error, or with nothing in it, no file stays.
     """
 
     def __init__(self, path: Path, *, allow_nonfinite: bool = False) -> None:
-        self.path = path
         self.allow_nonfinite = allow_nonfinite
+        self._fixed = DataFile(path)
+        self._exchangeable = DataFile(path.with_name(f"{path.stem}.slots{path.suffix}"))
+
+    def __enter__(self) -> Self:
+        """
+        Raises:
+            UserError: a file cannot be made.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._fixed)
+            stack.enter_context(self._exchangeable)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Hex SHA-256 of the files so far, by their names; of those with something in them."""
+        return {file.path.name: file.digest for file in (self._fixed, self._exchangeable) if file.size}
+
+    @property
+    def slotted(self) -> tuple[Placement, ...]:
+        """Where the tensors lie whose content can be exchanged."""
+        name = self._exchangeable.path.name
+        return tuple(
+            Placement(name, stretch.offset, stretch.length, expression)
+            for expression, stretch in self._exchangeable.written.items()
+        )
+
+    def unload(self, model: ir.Model, progress: Callable[[float], None]) -> int:
+        """Write ``model``'s initializers and leave references to them in it; the bytes that it refers to.
+
+        Raises:
+            WeightError: a weight holds NaN or Inf (unless allowed), or cannot be read.
+            UserError: a file cannot be written.
+        """
+        import onnx_ir
+
+        total = 0
+        values = [value for graph in model.graphs() for value in graph.initializers.values()]
+        for index, value in enumerate(values, 1):
+            tensor = value.const_value
+            if tensor is None or (tensor.nbytes <= THRESHOLD and not holds_slot(tensor)):
+                continue
+            file = self._exchangeable if holds_slot(tensor) else self._fixed
+            stretch = self._write(tensor, file)
+            value.const_value = onnx_ir.ExternalTensor(
+                file.path.name,
+                stretch.offset,
+                stretch.length,
+                tensor.dtype,
+                name=str(value.name),
+                shape=onnx_ir.Shape(tensor.shape.numpy()),
+                base_dir=file.path.parent,
+            )
+            total += stretch.length
+            progress(index / len(values))
+        return total
+
+    def _write(self, tensor: ir.TensorProtocol, file: DataFile) -> Stretch:
+        found: tuple[str, Expression] | None = tensor.meta.get(EXPRESSION)
+        if found is None:
+            return file.append(memoryview(tensor.tobytes()))
+        weight, expression = found
+        if expression not in file.written:
+            file.write(weight, expression, allow_nonfinite=self.allow_nonfinite)
+        return file.written[expression]
+
+
+class DataFile:
+    """Context: a file of aligned raw tensors, hashed as it is written; ``written`` says where each lies.
+
+    Left by an error, or with nothing in it, no file stays.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.written: dict[Expression, Stretch] = {}
         self._file = HashedFile(path)
-        self._written: dict[Expression, Stretch] = {}
 
     def __enter__(self) -> Self:
         """
@@ -66,50 +150,30 @@ class ExternalData:
             self.path.unlink(missing_ok=True)
 
     @property
-    def digests(self) -> dict[str, str]:
-        """Hex SHA-256 of the file so far, by its name; empty while nothing is in it."""
-        return {self.path.name: self._file.digest} if self._file.size else {}
+    def size(self) -> int:
+        return self._file.size
 
-    def unload(self, model: ir.Model, progress: Callable[[float], None]) -> int:
-        """Write ``model``'s initializers and leave references to them in it; the bytes that it refers to.
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 so far."""
+        return self._file.digest
+
+    def write(self, weight: str, expression: Expression, *, allow_nonfinite: bool = False) -> Stretch:
+        """Append the values of ``expression``, which ``weight`` is known by.
 
         Raises:
-            WeightError: a weight holds NaN or Inf (unless allowed), or cannot be read.
+            WeightError: it holds NaN or Inf (unless allowed), or cannot be read.
             UserError: the file cannot be written.
         """
-        import onnx_ir
+        stretch = self.append(tensor_bytes(checked(weight, expression, allow_nonfinite=allow_nonfinite)))
+        self.written[expression] = stretch
+        return stretch
 
-        total = 0
-        values = [value for graph in model.graphs() for value in graph.initializers.values()]
-        for index, value in enumerate(values, 1):
-            tensor = value.const_value
-            if tensor is None or tensor.nbytes <= THRESHOLD:
-                continue
-            stretch = self._write(tensor)
-            value.const_value = onnx_ir.ExternalTensor(
-                self.path.name,
-                stretch.offset,
-                stretch.length,
-                tensor.dtype,
-                name=str(value.name),
-                shape=onnx_ir.Shape(tensor.shape.numpy()),
-                base_dir=self.path.parent,
-            )
-            total += stretch.length
-            progress(index / len(values))
-        return total
-
-    def _write(self, tensor: ir.TensorProtocol) -> Stretch:
-        found: tuple[str, Expression] | None = tensor.meta.get(EXPRESSION)
-        if found is None:
-            return self._append(memoryview(tensor.tobytes()))
-        weight, expression = found
-        if expression not in self._written:
-            data = tensor_bytes(checked(weight, expression, allow_nonfinite=self.allow_nonfinite))
-            self._written[expression] = self._append(data)
-        return self._written[expression]
-
-    def _append(self, data: memoryview) -> Stretch:
+    def append(self, data: memoryview) -> Stretch:
+        """
+        Raises:
+            UserError: the file cannot be written.
+        """
         try:
             self._file.pad(ALIGNMENT)
             stretch = Stretch(self._file.size, len(data))
@@ -117,6 +181,12 @@ class ExternalData:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
         return stretch
+
+
+def holds_slot(tensor: ir.TensorProtocol) -> bool:
+    """Whether the tensor's content can be exchanged after the engine is built."""
+    found: tuple[str, Expression] | None = tensor.meta.get(EXPRESSION)
+    return found is not None and has_slot(found[1])
 
 
 def lazy_tensor(name: str, weight: str, expression: Expression, *, allow_nonfinite: bool = False) -> ir.LazyTensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import Node
 
 from optpass.errors import OptpassError, UserError
-from optpass.interchange.external_data import ExternalData, lazy_tensor
+from optpass.interchange.external_data import ExternalData, holds_slot, lazy_tensor
 from optpass.interchange.onnx_simplify import simplify
 from optpass.ir.graph import Graph
 from optpass.ir.sizes import unguarded
@@ -81,7 +81,7 @@ def quiet_onnx() -> Iterator[None]:
     """Without the exporter's notes about torchvision, the versions of what it registers, and old pytrees."""
     from optpass.quiet import quiet, quiet_export
 
-    with quiet("torch.onnx"), quiet_export():
+    with quiet("torch.onnx"), quiet("onnx_ir"), quiet_export():
         yield
 
 
@@ -117,7 +117,7 @@ def _optimise(model: ir.Model) -> OptpassError | None:
     not raised here, where it would become part of the chain that it stands in.
     """
     try:
-        with quiet_onnx():
+        with quiet_onnx(), _slots_open(model):
             simplify(model)
     except Exception as error:
         found: BaseException | None = error
@@ -127,6 +127,19 @@ def _optimise(model: ir.Model) -> OptpassError | None:
             raise
         return found
     return None
+
+
+@contextmanager
+def _slots_open(model: ir.Model) -> Iterator[None]:
+    """Inside, weights that can be exchanged are inputs of the model: nothing is folded into or out of them."""
+    inputs = model.graph.inputs
+    slots = [v for v in model.graph.initializers.values() if v.const_value is not None and holds_slot(v.const_value)]
+    inputs.extend(slots)
+    try:
+        yield
+    finally:
+        for value in slots:
+            inputs.remove(value)
 
 
 def _root(error: BaseException) -> BaseException:

@@ -30,6 +30,7 @@ from optpass.pipeline.target import LoweredEntry, Lowering
 from optpass.pipeline.verification import Verification
 from optpass.runtime.bundle import BundleWriter, PartRecord, engine_digests, part_record
 from optpass.runtime.folder import neural_components
+from optpass.runtime.slot_records import write_slots
 
 REPORT_SCHEMA = 1
 
@@ -47,12 +48,13 @@ class Part:
     """One model on its way: a checkpoint's only one, or a component of a pipeline.
 
     ``recipe`` is the recipe as it stands for this model alone, ``place`` where its engines lie, relative to
-    the bundle.
+    the bundle, ``reference`` what the result is compared with: ``original``, with what passes put in.
     """
 
     recipe: Recipe
     original: Program
     program: Program
+    reference: Program
     records: Sequence[PassRecord] = ()
     gates: Sequence[Mapping[str, Any]] = ()
     place: str = "."
@@ -159,7 +161,7 @@ def captured_parts(recipe: Recipe, request: Request) -> list[Part]:
 
 def _identified(part: Part) -> Part:
     program = identified(part.original)
-    return replace(part, original=program, program=program)
+    return replace(part, original=program, program=program, reference=program)
 
 
 def _capture_one(recipe: Recipe, request: Request) -> list[Part]:
@@ -173,7 +175,7 @@ def _capture_one(recipe: Recipe, request: Request) -> list[Part]:
         dtype=precision(recipe.dtype),
         floats=type(recipe.target).floats,
     )
-    return [Part(recipe, program, program)]
+    return [Part(recipe, program, program, program)]
 
 
 def _capture_components(recipe: Recipe, request: Request) -> list[Part]:
@@ -212,7 +214,7 @@ def _capture_components(recipe: Recipe, request: Request) -> list[Part]:
     for name, program in programs.items():
         own = recipe_of(name)
         assert own is not None
-        parts.append(Part(own, program, program, place=name))
+        parts.append(Part(own, program, program, program, place=name))
     return parts
 
 
@@ -222,17 +224,27 @@ def _run(part: Part, request: Request, callbacks: Sequence[Callback], progress: 
     folder = request.out.with_name(f"{request.out.name}.reproducer")
     # What is written is a model alone: its gates name no component.
     alone = [gate.model_copy(update={"component": ""}).as_document() for gate in recipe.gates]
-    reproducer = Reproducer(folder, gates=alone)
+    reproducer, reference = Reproducer(folder, gates=alone), Reference(part.original)
+    own: list[Callback] = [Verification(request.verify, request.seed), gates, reference]
     try:
-        program, records = run_passes(
-            part.original, recipe.steps, [Verification(request.verify, request.seed), gates, *callbacks, reproducer]
-        )
+        program, records = run_passes(part.original, recipe.steps, [*own, *callbacks, reproducer])
     except UserError:
         raise
     except OptpassError as error:
         error.reproducer = reproducer.written
         raise
-    return replace(part, program=program, records=records, gates=gates.records)
+    return replace(part, program=program, reference=reference.program, records=records, gates=gates.records)
+
+
+class Reference:
+    """Callback that keeps what results are compared with, as of the last pass."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "finished":
+            self.program = event.original
 
 
 class GateKeeper:
@@ -267,6 +279,10 @@ def _lower(part: Part, request: Request, folder: Path, progress: Progress) -> Pa
         raise UserError(
             f"target {name!r} writes a whole pipeline folder, for one component; of several it takes the default layout"
         )
+    slots = write_slots(place, engines, allow_nonfinite=request.allow_nonfinite)
+    if engines and slots:
+        name, engine = next(iter(engines.items()))
+        engines = {**engines, name: replace(engine, digests={**engine.digests, **slots})}
     return replace(part, engines=engines)
 
 
@@ -276,7 +292,7 @@ def _measured(parts: Sequence[Part], request: Request, folder: Path, progress: P
     subjects = [
         Subject(
             part.recipe.target,
-            part.original,
+            part.reference,
             part.program,
             part.engines,
             folder / part.place,

@@ -39,7 +39,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Subject:
-    """A lowered Program: ``engines``, which lie in ``folder``, of ``program``, which ``original`` has become."""
+    """A lowered Program: ``engines``, which lie in ``folder``, of ``program``, to be compared with ``original``."""
 
     target: Target
     original: Program

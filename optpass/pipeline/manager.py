@@ -54,7 +54,11 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class Event:
-    """A moment of the run. ``after`` and ``record`` are set once the pass has finished."""
+    """A moment of the run. ``after`` and ``record`` are set once the pass has finished.
+
+    ``original`` is what results are compared with: the Program that was captured, or with what a pass put
+    in since then (:meth:`Pass.reference`); ``reference`` is that of ``before``.
+    """
 
     kind: Literal["started", "finished", "failed"]
     index: int
@@ -64,6 +68,7 @@ class Event:
     after: Program | None = None
     record: PassRecord | None = None
     error: BaseException | None = None
+    reference: Program | None = None
 
 
 Callback = Callable[[Event], None]
@@ -85,7 +90,9 @@ def run_passes(
         _tell(callbacks, Event("started", index, step, program, original))
         try:
             after, record = run_pass(program, step, cost)
-            event = Event("finished", index, step, program, original, after, record)
+            reference = step.record.reference(program)
+            original = original if reference is program else reference
+            event = Event("finished", index, step, program, original, after, record, reference=reference)
             _tell(callbacks, event)
         except (Exception, KeyboardInterrupt) as error:
             _tell(callbacks, Event("failed", index, step, program, original, error=error))

@@ -17,6 +17,7 @@ from optpass.capture.precision import PRECISIONS
 from optpass.errors import UserError
 from optpass.ir.graph import TensorSpec
 from optpass.ir.program import Program
+from optpass.ir.slots import Placement
 from optpass.pipeline.options import Options
 
 COPIES = 3
@@ -49,7 +50,8 @@ class LoweredEntry:
     """One engine: its main file relative to the bundle, and facts for the report.
 
     ``digests`` gives the hex SHA-256 of files (its own or shared ones) that were hashed while they were
-    written; the bundle reads every other file once more for its hash.
+    written; the bundle reads every other file once more for its hash. ``slotted`` is where the weights lie
+    whose content can be exchanged later, in a file of raw row-major values; entries that share it say the same.
     """
 
     main: str
@@ -57,6 +59,7 @@ class LoweredEntry:
     outputs: tuple[TensorSpec, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
+    slotted: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Verification:
         if reason := self._skipped(event):
             facts |= {"difference": None, "verified": f"not verified: {reason}"}
             return
-        reference = event.step.record.reference(event.before)
+        reference = event.reference or event.before
         difference = self._difference(reference, event.after, contract) if event.record.modified else EQUAL
         facts["difference"] = difference.as_dict()
         error = difference.relative_error

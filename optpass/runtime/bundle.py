@@ -28,6 +28,8 @@ from optpass.runtime.workfolder import WorkFolder
 
 MANIFEST = "manifest.json"
 COMPONENTS = "components"
+REFIT = "refit"
+SLOTS_FILE = ".slots.data"
 SCHEMA = 2
 
 
@@ -114,7 +116,10 @@ class RangeRecord(BaseModel):
 
 
 class PartRecord(BaseModel):
-    """One lowered Program. Its entries' files are relative to ``folder``, which is relative to the bundle."""
+    """One lowered Program. Its entries' files are relative to ``folder``, which is relative to the bundle.
+
+    ``refit`` is the folder, relative to ``folder``, of the records of weights that can be exchanged.
+    """
 
     target: TargetRecord
     entries: dict[str, EntryRecord]
@@ -122,6 +127,7 @@ class PartRecord(BaseModel):
     ranges: dict[str, RangeRecord] = {}
     origin: dict[str, Any] = {}
     folder: str = "."
+    refit: str | None = None
 
     @property
     def component(self) -> str:
@@ -231,7 +237,9 @@ def verify_files(bundle: Path, manifest: Manifest) -> None:
         if not path.is_file():
             raise UserError(f"{bundle} is damaged: {name} is missing")
         if path.stat().st_size != record.bytes or file_digest(path) != record.sha256:
-            raise UserError(f"{bundle} is damaged: {name} is not the file that was written (its hash differs)")
+            refit = f"{REFIT}/" in name or path.name.endswith(SLOTS_FILE)
+            hint = "; if an exchange of adapters was cut short, run optpass refit again" if refit else ""
+            raise UserError(f"{bundle} is damaged: {name} is not the file that was written (its hash differs){hint}")
 
 
 class BundleWriter:
@@ -386,6 +394,7 @@ def part_record(
         ranges={name: RangeRecord(**span.as_json()) for name, span in program.ranges.items()},
         origin=program.origin.as_json(),
         folder=folder,
+        refit=REFIT if any(engine.slotted for engine in engines.values()) else None,
     )
 
 
