@@ -1,0 +1,181 @@
+"""Adapter → Program: each module of the adapter is one weight of the store, or an error says why not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from optpass.adapters.adaptation import Adaptation
+from optpass.adapters.keys import ModuleKey
+from optpass.adapters.ldm_names import ldm_names
+from optpass.adapters.reading import Adapter
+from optpass.adapters.sites import Site, sites
+from optpass.capture.configs import PIPELINE_INDEX
+from optpass.capture.diffusers_pipeline import DENOISERS
+from optpass.errors import UserError, nearest
+from optpass.ir.program import Origin, Program
+from optpass.runtime.folder import neural_components
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A key of an adapter that changes no weight, and why; ``harmless`` ones are another component's."""
+
+    key: str
+    reason: str
+    harmless: bool = False
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Adaptations by the name of the weight that each changes, and the keys that are left."""
+
+    weights: Mapping[str, Adaptation]
+    refused: tuple[Refusal, ...] = ()
+
+
+def match_adapter(adapter: Adapter, program: Program, *, strict: bool = True) -> Matched:
+    """Find each module of ``adapter`` in ``program``, whose linears and convolutions it may change.
+
+    Keys of another component of the pipeline are ``refused`` as harmless. With ``strict`` false the
+    others that match nothing are refused too, instead of raised.
+
+    Raises:
+        UserError: a key matches nothing (the nearest module is named), does not fit the weight's shape, or is
+            of a kind that is not merged; or no key at all matches.
+    """
+    found = _Matching(adapter, program)
+    found.run()
+    serious = [refusal for refusal in found.refused if not refusal.harmless]
+    if serious and (strict or not found.weights):
+        shown = "\n  ".join(f"{refusal.key}: {refusal.reason}" for refusal in serious[:SHOWN])
+        more = f"\n  and {len(serious) - SHOWN} more" if len(serious) > SHOWN else ""
+        hint = "; strict: false leaves them out" if found.weights else ""
+        raise UserError(f"{adapter.path}: {len(serious)} keys cannot be merged{hint}:\n  {shown}{more}")
+    if not found.weights:
+        refusal = found.refused[0]
+        raise UserError(f"{adapter.path} changes nothing of this model: {refusal.key}: {refusal.reason}")
+    return Matched(found.weights, tuple(found.refused))
+
+
+@dataclass
+class _Matching:
+    adapter: Adapter
+    program: Program
+    sites: Mapping[str, Site] = field(init=False)
+    names: Mapping[str, str] = field(init=False)
+    flat: Mapping[str, list[str]] = field(init=False)
+    weights: dict[str, Adaptation] = field(default_factory=dict)
+    refused: list[Refusal] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sites = sites(self.program)
+        self.names = {**ldm_names(self.sites), **{path: path for path in self.sites}}
+        self.flat = _flattened(self.names)
+        origin = self.program.origin
+        # A component of a pipeline, or the path of a module that was captured out of its model.
+        self.own, self.inside = (origin.component, "") if origin.pipeline else ("", origin.component)
+        keys = [*self.adapter.modules, *(module for module, _ in self.adapter.unsupported.values())]
+        # Of a model alone nobody says which component it is: it is the one whose modules it has.
+        self.resolved = {module.component for module in keys if self._paths(module)}
+
+    def run(self) -> None:
+        for module, adaptation in self.adapter.modules.items():
+            if refusal := self._other_component(module, adaptation.key) or self._adapt(module, adaptation):
+                self.refused.append(refusal)
+        for key, (module, what) in self.adapter.unsupported.items():
+            near = self._nearest(module)
+            self.refused.append(
+                self._other_component(module, key) or Refusal(key, f"{what}, which is not merged{near}")
+            )
+
+    def _adapt(self, module: ModuleKey, adaptation: Adaptation) -> Refusal | None:
+        """Put ``adaptation`` to its weight, or say why not."""
+        paths = self._paths(module)
+        if len(paths) != 1:
+            return Refusal(adaptation.key, self._unresolved(module, paths))
+        site = self.sites[paths[0]]
+        if site.doubt:
+            return Refusal(adaptation.key, site.doubt)
+        if site.weight in self.weights:
+            other = self.weights[site.weight].key
+            return Refusal(adaptation.key, f"changes {site.weight}, and so does {other!r} of the same file")
+        shape = self.program.weights[site.weight].shape
+        try:
+            adaptation.check_fits(shape)
+        except UserError as error:
+            return Refusal(adaptation.key, f"{error} ({site.weight}); was it made for another base model?")
+        self.weights[site.weight] = adaptation
+        return None
+
+    def _paths(self, module: ModuleKey) -> list[str]:
+        """The modules of the Program that ``module`` may be."""
+        inside = f"{self.inside}." if self.inside else ""
+        if module.flat:
+            return self.flat.get(module.path.removeprefix(inside.replace(".", "_")), [])
+        # A model's own module may be called as a component is: transformer.h.0
+        candidates = (str(module), module.path, module.path.removeprefix(inside))
+        return [self.names[name] for name in candidates if name in self.names][:1]
+
+    def _unresolved(self, module: ModuleKey, paths: list[str]) -> str:
+        if paths:
+            return f"the underscores of {module.path} can be {paths[0]} or {paths[1]}"
+        own = sorted(name for name in self.program.weights if name.startswith(f"{module.path}."))
+        if own:
+            return f"{module.path} has no weight called {module.path}.weight, but {own[0]}"
+        return f"no module of the model is called {module.path}{self._nearest(module)}"
+
+    def _nearest(self, module: ModuleKey) -> str:
+        known = {name: paths[0] for name, paths in self.flat.items()} if module.flat else self.names
+        return _closest(module.path, known)
+
+    def _other_component(self, module: ModuleKey, key: str) -> Refusal | None:
+        """The refusal of a key that is about another part of the model or pipeline than the Program is."""
+        named = module.component
+        if self.inside and self._is_outside(module):
+            return Refusal(key, f"is outside of {self.inside}, which was captured alone", harmless=True)
+        if not named or self._is_own(module):
+            return None
+        known = _components(self.program.origin)
+        if named in known:
+            return Refusal(key, f"belongs to component {named}; give it merge-lora under components:", harmless=True)
+        if known:
+            return Refusal(
+                key, f"belongs to component {named}, which the pipeline does not have{nearest(named, known)}"
+            )
+        if self.resolved:
+            return Refusal(key, f"belongs to component {named}, and this model is captured alone", harmless=True)
+        return None
+
+    def _is_outside(self, module: ModuleKey) -> bool:
+        inside = self.inside.replace(".", "_") if module.flat else self.inside
+        return not self._paths(module) and not module.path.startswith(inside)
+
+    def _is_own(self, module: ModuleKey) -> bool:
+        if not self.own:
+            return module.component in self.resolved
+        # sd-scripts calls every denoiser a UNet.
+        return module.component == self.own or {module.component, self.own} <= set(DENOISERS)
+
+
+def _components(origin: Origin) -> list[str]:
+    """The models of the pipeline that the Program is of; empty where it is of none."""
+    if not origin.pipeline or origin.path is None or not (origin.path / PIPELINE_INDEX).is_file():
+        return []
+    return neural_components(origin.path)
+
+
+def _flattened(names: Mapping[str, str]) -> dict[str, list[str]]:
+    flat: dict[str, list[str]] = {}
+    for name, path in names.items():
+        flat.setdefault(name.replace(".", "_"), []).append(path)
+    return flat
+
+
+def _closest(name: str, known: Mapping[str, str]) -> str:
+    """``nearest``, in the words of the Program, and nothing where no name is near: models have hundreds of modules."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {known[close[0]]!r}?" if close else ""

@@ -1,0 +1,83 @@
+"""Where a Program can be adapted: the linears and convolutions, by the path of their module."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from optpass.analysis.operators import argument
+from optpass.ir.graph import path_of
+from optpass.ir.program import Program
+from optpass.ir.text import operator_name
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = frozenset(
+    {
+        *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+        *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+    }
+)
+ADAPTED = CONVOLUTIONS | {aten.linear.default}
+"""Operators whose ``weight`` adapters change."""
+SUFFIX = ".weight"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A node that reads a weight, and the entry that it stands in."""
+
+    entry: str
+    node: Node
+
+    @property
+    def adapts(self) -> bool:
+        return self.node.target in ADAPTED
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight ``PATH.weight`` and every node that reads it."""
+
+    weight: str
+    readers: tuple[Reader, ...]
+
+    @property
+    def path(self) -> str:
+        return self.weight.removesuffix(SUFFIX)
+
+    @property
+    def doubt(self) -> str:
+        """Why changing the weight is not what the adapter does; empty where it is."""
+        others = [reader.node for reader in self.readers if not reader.adapts]
+        if others:
+            return (
+                f"{self.weight} is read by {operator_name(others[0])} ({path_of(others[0])}), no linear or convolution"
+            )
+        paths = sorted({path_of(reader.node) for reader in self.readers})
+        if len(paths) > 1:
+            return f"{self.weight} is shared by {paths[0]} and {paths[1]}: a merged weight would change both"
+        return ""
+
+
+def sites(program: Program) -> dict[str, Site]:
+    """All weights that are called ``PATH.weight``, by PATH."""
+    readers: dict[str, list[Reader]] = defaultdict(list)
+    for entry, graph in program.entries.items():
+        for node in graph.fx.nodes:
+            if node.op == "get_attr" and str(node.target).endswith(SUFFIX):
+                readers[str(node.target)] += [Reader(entry, user) for user in node.users if _reads(user, node)]
+    return {name.removesuffix(SUFFIX): Site(name, tuple(found)) for name, found in readers.items() if found}
+
+
+def _reads(user: Node, weight: Node) -> bool:
+    return user.op in ("call_function", "output")
+
+
+def bias_of(node: Node) -> Any:
+    """The bias of a linear or convolution; ``None`` without."""
+    return argument(node, "bias")
