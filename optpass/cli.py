@@ -390,6 +390,58 @@ def run(
 
 
 @app.command()
+def refit(
+    bundle: Annotated[Path, typer.Argument(help="A bundle built with merge-lora: {mode: refit} or {mode: keep}.")],
+    adapters: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Argument(help="Adapter files or folders, instead of those that are in it; none takes them out."),
+    ] = None,
+    scale: Annotated[
+        Optional[list[float]],  # noqa: UP045
+        typer.Option("--scale", help="Strength of every adapter; or repeat it, once for each."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("-o", "--out", help="Change a copy here, and leave the bundle as it is."),
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Take every adapter out: the base model's own weights.")] = False,
+    component: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--component", help="Only this component of a pipeline."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Whether a tensor of an adapter that changes nothing is an error.")
+    ] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put other adapters into a finished BUNDLE: only the tensors that they change are written."""
+    from optpass.runtime.refit import refit as refit_bundle
+
+    paths = list(adapters or [])
+    if bool(paths) == base:
+        raise UserError("name the adapters to put in, or pass --base to take all out")
+    with console.progress_display() as progress:
+        strengths = list(zip(paths, _strengths(scale or [1.0], len(paths)), strict=True))
+        done = refit_bundle(bundle, strengths, component=component, strict=strict, out=out, progress=progress)
+    if as_json:
+        return console.print_json(done.as_json())
+    for key, reason in done.left_out:
+        console.out.print(f"left out {key}: {reason}", markup=False)
+    inside = ", ".join(done.content) or "no adapter"
+    megabytes = done.bytes / 2**20
+    return console.out.print(
+        f"{done.bundle}: {inside}; {done.tensors} tensors, {megabytes:.1f} MiB written", markup=False
+    )
+
+
+def _strengths(given: list[float], count: int) -> list[float]:
+    if len(given) not in (1, count) and count:
+        raise UserError(f"--scale is given {len(given)} times for {count} adapters: once, or once for each")
+    return given * count if len(given) == 1 else given
+
+
+@app.command()
 def compare(
     reference: Annotated[str, typer.Argument(help="A bundle, or a checkpoint (run by PyTorch).")],
     bundle: Annotated[Path, typer.Argument(help="The bundle to compare.")],

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from optpass.adapters.adaptation import Adaptation, merged
-from optpass.adapters.branches import add_branches
-from optpass.adapters.matching import Matched, match_adapter
-from optpass.adapters.reading import Adapter, adapter_file, read_adapter
+from optpass.adapters.branches import Plan, add_branches, layer_weights
+from optpass.adapters.exchangeable import Branch, merged_slot, needed_rank
+from optpass.adapters.matching import Adaptable
+from optpass.adapters.planning import Adaptations, Chosen, plan_adapters, read_adapters
 from optpass.adapters.sites import SUFFIX
-from optpass.errors import UserError
-from optpass.ir.hashing import file_digest
 from optpass.ir.program import Program
 from optpass.ir.weights import Expression
 from optpass.pipeline.contract import exact
@@ -46,65 +44,71 @@ class MergeLora(Pass):
     Source: Hu et al., arXiv 2106.09685; Kalajdzievski, 2312.03732; Liu et al., 2402.09353; Yeh et al., 2309.14859.
     """
 
-    adapter: Path | tuple[Weighted, ...] = Field(description="a file or folder, or a list of {path, scale}")
+    adapter: Path | Annotated[tuple[Weighted, ...], Field(min_length=1)] = Field(
+        description="a file or folder, or a list of {path, scale}"
+    )
     scale: float = Field(1.0, allow_inf_nan=False, description="multiplies the scale of every adapter")
-    mode: Literal["merge"] = Field("merge", description="merge: into the weights")
+    mode: Literal["merge", "keep", "refit"] = Field(
+        "merge",
+        description="merge: into the weights; keep: as a branch, whose tensors can be swapped; "
+        "refit: into the weights, which the bundle can make again",
+    )
+    rank: int | None = Field(
+        None, ge=1, description="keep: the rank to leave room for; default: what the adapters take"
+    )
     strict: bool = Field(True, description="whether a tensor of the adapter that changes nothing is an error")
 
     contract = exact(rtol=1e-5)
 
     def run(self, program: Program, context: Context) -> Program:
-        plan = self._plan(program, context)
+        chosen = self._chosen()
+        plan = self._plan(chosen, program, context)
+        for name in plan:
+            context.rewrote(name.removesuffix(SUFFIX))
+        content = ", ".join(map(str, chosen))
+        if self.mode == "keep":
+            return add_branches(program, self._kept(plan, program, content))
         changes: dict[str, Expression] = {}
         for name, adaptations in plan.items():
-            changes[name] = merged(program.weights[name], adaptations)
-            context.rewrote(name.removesuffix(SUFFIX))
+            base = program.weights[name]
+            slot = self.mode == "refit"
+            changes[name] = merged_slot(name, base, adaptations, content) if slot else merged(base, adaptations)
         return program.with_weights(changes)
+
+    def _kept(self, plan: Plan, program: Program, content: str) -> Plan:
+        """One branch for each weight, of which the adapters are parts."""
+        kept = {}
+        for name, adaptations in plan.items():
+            base = program.weights[name]
+            branch = Branch(name, base.shape, base.dtype, self.rank or needed_rank(adaptations))
+            kept[name] = [(branch.holding(adaptations, content), 1.0)]
+        return kept
 
     def reference(self, program: Program) -> Program:
         """The model with the adapters as branches beside its layers."""
-        return add_branches(program.copy(), self._plan(program, Context()))
+        return add_branches(program.copy(), self._plan(self._chosen(), program, Context()))
 
-    def _plan(self, program: Program, context: Context) -> dict[str, list[tuple[Adaptation, float]]]:
-        """The adaptations of each weight, in the order of the adapters, and their strengths."""
-        plan: dict[str, list[tuple[Adaptation, float]]] = defaultdict(list)
-        for adapter, strength in self._adapters():
-            found = match_adapter(adapter, program, strict=self.strict)
-            _report(adapter, found, context)
-            for name, adaptation in found.weights.items():
-                if _is_merged(adaptation, program.weights[name]):
-                    context.decline(name.removesuffix(SUFFIX), f"{adapter.path.name} is merged into it already")
-                else:
-                    plan[name].append((adaptation, strength))
-        for name, adaptations in plan.items():
-            _refuse_conflict(name, [adaptation for adaptation, _ in adaptations])
-        return dict(plan)
-
-    def _adapters(self) -> Iterator[tuple[Adapter, float]]:
-        """
-        Raises:
-            UserError: a file is no adapter, or is given twice.
-            WeightError: one is damaged, or holds NaN or Inf.
-        """
+    def _chosen(self) -> list[Chosen]:
         given = self.adapter if isinstance(self.adapter, tuple) else (Weighted(path=self.adapter),)
-        if not given:
-            raise UserError("merge-lora: the list of adapters is empty")
-        seen: dict[str, Path] = {}
-        for item in given:
-            digest = file_digest(adapter_file(item.path))
-            if digest in seen:
-                raise UserError(f"merge-lora: {seen[digest]} and {item.path} are the same adapter; give it once")
-            seen[digest] = item.path
-            adapter = read_adapter(item.path)
-            adapter.check_finite()
-            yield adapter, item.scale * self.scale
+        return read_adapters([(item.path, item.scale * self.scale) for item in given])
+
+    def _plan(self, chosen: Sequence[Chosen], program: Program, context: Context) -> Plan:
+        """The adaptations of each weight, in the order of the adapters, without those that are in it."""
+        plan = plan_adapters(chosen, Adaptable.of(program), strict=self.strict, note=context.decline)
+        new: dict[str, Adaptations] = {}
+        for name, adaptations in plan.items():
+            path = name.removesuffix(SUFFIX)
+            found = [item for item in adaptations if not _is_in(item[0], program, path)]
+            if len(found) < len(adaptations):
+                context.decline(path, "the adapter is in it already")
+            if found:
+                new[name] = found
+        return new
 
 
-def _report(adapter: Adapter, found: Matched, context: Context) -> None:
-    for note in adapter.notes:
-        context.decline(adapter.path.name, note)
-    for refusal in found.refused:
-        context.decline(refusal.key, refusal.reason)
+def _is_in(adaptation: Adaptation, program: Program, path: str) -> bool:
+    """Whether a layer's weight or branch is made from this adaptation's factors already."""
+    return any(_is_merged(adaptation, expression) for expression in layer_weights(program, path))
 
 
 def _is_merged(adaptation: Adaptation, weight: Expression) -> bool:
@@ -122,16 +126,3 @@ def _is_merged(adaptation: Adaptation, weight: Expression) -> bool:
 def _place(leaf: Expression) -> tuple[object, object]:
     """File and name in it, by which a tensor is the same after a file is read again."""
     return getattr(leaf, "path", leaf), getattr(leaf, "key", None)
-
-
-def _refuse_conflict(name: str, adaptations: list[Adaptation]) -> None:
-    """
-    Raises:
-        UserError: two adapters both set the length of a weight's rows.
-    """
-    keys = [adaptation.keys["magnitude"] for adaptation in adaptations if adaptation.magnitude is not None]
-    if len(keys) > 1:
-        raise UserError(
-            f"merge-lora: {keys[0]!r} and {keys[1]!r} of two adapters both are DoRA magnitudes of {name}, "
-            "of which one can hold; merge one of the adapters"
-        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from optpass.adapters.sites import ADAPTED, CONVOLUTIONS, SUFFIX
 from optpass.analysis.operators import argument
 from optpass.ir.graph import Graph
 from optpass.ir.program import Program
-from optpass.ir.weights import Cast, Expression, Scale, Sum
+from optpass.ir.weights import Cast, Expression, Scale, Sum, WeightStore
 
 aten = torch.ops.aten
 
@@ -33,6 +34,8 @@ MIXING: dict[Any, Any] = {
     aten.conv3d.padding: aten.conv3d.default,
 }
 """What mixes channels alone behind each operator: a convolution's defaults are stride 1 and no padding."""
+
+KINDS = ("lora_A", "lora_B", "lora_delta", "lora_magnitude")
 
 Strengths = Sequence[tuple[Adaptation, float]]
 Plan = Mapping[str, Strengths]
@@ -51,8 +54,23 @@ def add_branches(program: Program, plan: Plan) -> Program:
     for graph in program.entries.values():
         for node in graph.calls:
             if node.target in ADAPTED and _weight(node) in plan:
-                _Layer(graph, node, program.weights[_weight(node)], made).adapt(plan[_weight(node)])
+                _Layer(graph, node, program.weights, made).adapt(plan[_weight(node)])
     return program.with_weights(made)
+
+
+def layer_weights(program: Program, path: str) -> list[Expression]:
+    """The weight of the layer at ``path`` and those of its branches."""
+    branches = [f"{path}.{kind}{_suffix(n)}" for n in range(1, _free(program.weights, path)) for kind in KINDS]
+    return [program.weights[name] for name in (f"{path}{SUFFIX}", *branches) if name in program.weights]
+
+
+def _free(weights: WeightStore, path: str) -> int:
+    """The number of the next branch of the layer at ``path``."""
+    return next(n for n in count(1) if not any(f"{path}.{kind}{_suffix(n)}" in weights for kind in KINDS))
+
+
+def _suffix(number: int) -> str:
+    return f"_{number}" if number > 1 else ""
 
 
 def _weight(node: Node) -> str:
@@ -66,8 +84,16 @@ class _Layer:
 
     graph: Graph
     node: Node
-    base: Expression
+    weights: WeightStore
     made: dict[str, Expression]
+
+    @property
+    def path(self) -> str:
+        return _weight(self.node).removesuffix(SUFFIX)
+
+    @property
+    def base(self) -> Expression:
+        return self.weights[_weight(self.node)]
 
     @property
     def is_convolution(self) -> bool:
@@ -90,8 +116,8 @@ class _Layer:
         bias: Any = argument(self.node, "bias")
         late = bias is not None and any(adaptation.magnitude is not None for adaptation, _ in adaptations)
         result = self._call(self._source, argument(self.node, "weight")) if late else self.node
-        for number, (adaptation, strength) in enumerate(adaptations, 1):
-            suffix = f"_{number}" if number > 1 else ""
+        for number, (adaptation, strength) in enumerate(adaptations, _free(self.weights, self.path)):
+            suffix = _suffix(number)
             result = self._add(result, self._branch(adaptation, strength, suffix))
             if adaptation.magnitude is not None:
                 result = self._scaled(result, adaptation, strength, suffix)
@@ -143,7 +169,6 @@ class _Layer:
 
     def _new(self, name: str, expression: Expression) -> Node:
         """A weight beside the layer's own, in its dtype."""
-        path = _weight(self.node).removesuffix(SUFFIX)
-        dtype = self.base.dtype
-        self.made[f"{path}.{name}"] = found = expression if expression.dtype == dtype else Cast(expression, dtype)
-        return self.graph.weight(f"{path}.{name}", found, like=self.node)
+        name, dtype = f"{self.path}.{name}", self.base.dtype
+        self.made[name] = found = expression if expression.dtype == dtype else Cast(expression, dtype)
+        return self.graph.weight(name, found, like=self.node)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from optpass.adapters.adaptation import Adaptation
 from optpass.adapters.keys import ModuleKey
@@ -15,6 +16,7 @@ from optpass.capture.configs import PIPELINE_INDEX
 from optpass.capture.diffusers_pipeline import DENOISERS
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
+from optpass.ir.weights import Shape
 from optpass.runtime.folder import neural_components
 
 SHOWN = 5
@@ -37,8 +39,37 @@ class Matched:
     refused: tuple[Refusal, ...] = ()
 
 
-def match_adapter(adapter: Adapter, program: Program, *, strict: bool = True) -> Matched:
-    """Find each module of ``adapter`` in ``program``, whose linears and convolutions it may change.
+@dataclass(frozen=True)
+class Adaptable:
+    """What adapters can change of a model, and where it belongs.
+
+    ``sites`` by the path of their module; ``shapes`` of all weights by name; ``component`` is the model's
+    name in its pipeline, whose models are ``components``, and ``module`` the path that a module captured out
+    of its model had there. ``absent`` says in a message what a module is that has no site.
+    """
+
+    sites: Mapping[str, Site]
+    shapes: Mapping[str, Shape]
+    component: str = ""
+    components: Sequence[str] = ()
+    module: str = ""
+    absent: str = "no module of the model is called"
+
+    @classmethod
+    def of(cls, program: Program) -> Self:
+        """The linears and convolutions of a Program."""
+        origin = program.origin
+        return cls(
+            sites(program),
+            {name: expression.shape for name, expression in program.weights.items()},
+            component=origin.component if origin.pipeline else "",
+            components=_components(origin),
+            module="" if origin.pipeline else origin.component,
+        )
+
+
+def match_adapter(adapter: Adapter, model: Adaptable, *, strict: bool = True) -> Matched:
+    """Find each module of ``adapter`` in ``model``, whose linears and convolutions it may change.
 
     Keys of another component of the pipeline are ``refused`` as harmless. With ``strict`` false the
     others that match nothing are refused too, instead of raised.
@@ -47,7 +78,7 @@ def match_adapter(adapter: Adapter, program: Program, *, strict: bool = True) ->
         UserError: a key matches nothing (the nearest module is named), does not fit the weight's shape, or is
             of a kind that is not merged; or no key at all matches.
     """
-    found = _Matching(adapter, program)
+    found = _Matching(adapter, model)
     found.run()
     serious = [refusal for refusal in found.refused if not refusal.harmless]
     if serious and (strict or not found.weights):
@@ -64,20 +95,17 @@ def match_adapter(adapter: Adapter, program: Program, *, strict: bool = True) ->
 @dataclass
 class _Matching:
     adapter: Adapter
-    program: Program
-    sites: Mapping[str, Site] = field(init=False)
+    model: Adaptable
     names: Mapping[str, str] = field(init=False)
     flat: Mapping[str, list[str]] = field(init=False)
     weights: dict[str, Adaptation] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.sites = sites(self.program)
-        self.names = {**ldm_names(self.sites), **{path: path for path in self.sites}}
+        paths = self.model.sites
+        self.names = {**ldm_names(paths), **{path: path for path in paths}}
         self.flat = _flattened(self.names)
-        origin = self.program.origin
-        # A component of a pipeline, or the path of a module that was captured out of its model.
-        self.own, self.inside = (origin.component, "") if origin.pipeline else ("", origin.component)
+        self.own, self.inside = self.model.component, self.model.module
         keys = [*self.adapter.modules, *(module for module, _ in self.adapter.unsupported.values())]
         # Of a model alone nobody says which component it is: it is the one whose modules it has.
         self.resolved = {module.component for module in keys if self._paths(module)}
@@ -97,13 +125,13 @@ class _Matching:
         paths = self._paths(module)
         if len(paths) != 1:
             return Refusal(adaptation.key, self._unresolved(module, paths))
-        site = self.sites[paths[0]]
+        site = self.model.sites[paths[0]]
         if site.doubt:
             return Refusal(adaptation.key, site.doubt)
         if site.weight in self.weights:
             other = self.weights[site.weight].key
             return Refusal(adaptation.key, f"changes {site.weight}, and so does {other!r} of the same file")
-        shape = self.program.weights[site.weight].shape
+        shape = self.model.shapes[site.weight]
         try:
             adaptation.check_fits(shape)
         except UserError as error:
@@ -123,10 +151,10 @@ class _Matching:
     def _unresolved(self, module: ModuleKey, paths: list[str]) -> str:
         if paths:
             return f"the underscores of {module.path} can be {paths[0]} or {paths[1]}"
-        own = sorted(name for name in self.program.weights if name.startswith(f"{module.path}."))
+        own = sorted(name for name in self.model.shapes if name.startswith(f"{module.path}."))
         if own:
             return f"{module.path} has no weight called {module.path}.weight, but {own[0]}"
-        return f"no module of the model is called {module.path}{self._nearest(module)}"
+        return f"{self.model.absent} {module.path}{self._nearest(module)}"
 
     def _nearest(self, module: ModuleKey) -> str:
         known = {name: paths[0] for name, paths in self.flat.items()} if module.flat else self.names
@@ -139,7 +167,7 @@ class _Matching:
             return Refusal(key, f"is outside of {self.inside}, which was captured alone", harmless=True)
         if not named or self._is_own(module):
             return None
-        known = _components(self.program.origin)
+        known = self.model.components
         if named in known:
             return Refusal(key, f"belongs to component {named}; give it merge-lora under components:", harmless=True)
         if known:

@@ -1,0 +1,152 @@
+"""Other adapters into a finished bundle: only the tensors that adapters change are written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from optpass.adapters.exchangeable import DOWN, MERGED, UP, content_of
+from optpass.adapters.matching import Adaptable
+from optpass.adapters.planning import Adaptations, Chosen, plan_adapters, read_adapters
+from optpass.adapters.sites import SUFFIX, Site
+from optpass.errors import UserError
+from optpass.ir.weights import Expression, Shape
+from optpass.runtime.bundle import Manifest, PartRecord, read_manifest
+from optpass.runtime.exchange import Exchanged, exchange, slot_records
+from optpass.runtime.workfolder import WorkFolder
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What :func:`refit` wrote: tensors and bytes, what is in the engine now, and what of the adapters is not."""
+
+    bundle: Path
+    tensors: int
+    bytes: int
+    content: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "bundle": str(self.bundle),
+            "tensors": self.tensors,
+            "bytes": self.bytes,
+            "content": list(self.content),
+            "left_out": [{"key": key, "reason": reason} for key, reason in self.left_out],
+        }
+
+
+def refit(
+    bundle: Path,
+    adapters: Sequence[tuple[Path, float]],
+    *,
+    component: str | None = None,
+    strict: bool = True,
+    out: Path | None = None,
+    progress: Progress = lambda stage, fraction: None,
+) -> Refitted:
+    """Put ``adapters`` with their strengths in place of those that are in ``bundle``; none restores the base weights.
+
+    Written in place, the bundle changes as a whole or not at all; with ``out``, a copy is changed.
+
+    Raises:
+        UserError: the bundle keeps no exchangeable weights, an adapter does not fit them, or is damaged.
+    """
+    if out is not None:
+        return _copied(
+            bundle, out, lambda copy: refit(copy, adapters, component=component, strict=strict, progress=progress)
+        )
+    manifest, chosen = read_manifest(bundle), read_adapters(adapters)
+    work = [_Work(bundle, manifest, part, chosen) for part in _parts(bundle, manifest, component)]
+    for item in work:
+        item.plan(strict)
+    done = [item.write(progress) for item in work]
+    tensors, written = sum(item.tensors for item in done), sum(item.bytes for item in done)
+    left_out = dict.fromkeys(note for item in work for note in item.notes)
+    return Refitted(bundle, tensors, written, tuple(map(str, chosen)), tuple(left_out))
+
+
+def _parts(bundle: Path, manifest: Manifest, component: str | None) -> list[PartRecord]:
+    """The parts to change: the named one, or all that keep exchangeable weights."""
+    if component is not None:
+        return [manifest.part(component)]
+    return [part for part in manifest.all_parts() if part.refit] or [manifest]
+
+
+class _Work:
+    """One part of the bundle: its slots, and what goes into them."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, part: PartRecord, chosen: Sequence[Chosen]) -> None:
+        self.bundle, self.part, self.chosen = bundle, part, chosen
+        self.components = [each.component for each in manifest.all_parts() if each.component]
+        self.slots = slot_records(bundle, manifest, part).slots(bundle / part.folder)
+        self.shapes = _weight_shapes(self.slots)
+        self.adaptations: Mapping[str, Adaptations] = {}
+        self.notes: list[tuple[str, str]] = []
+
+    def plan(self, strict: bool) -> None:
+        """
+        Raises:
+            UserError: an adapter does not fit the slots.
+        """
+        self.adaptations = plan_adapters(
+            self.chosen, self._model(), strict=strict, note=lambda *note: self.notes.append(note)
+        )
+        for (name, role), base in self.slots.items():
+            self._content(name, role, base)
+
+    def write(self, progress: Progress) -> Exchanged:
+        """Fill the slots."""
+        manifest = read_manifest(self.bundle)
+        content = list(map(str, self.chosen))
+        return exchange(
+            self.bundle, manifest, self.part, self._content, content, lambda done: progress("write the weights", done)
+        )
+
+    def _content(self, name: str, role: str, base: Expression) -> Expression:
+        return content_of(role, base, self.shapes[name], self.adaptations.get(name, ()))
+
+    def _model(self) -> Adaptable:
+        paths = {name.removesuffix(SUFFIX): name for name in self.shapes}
+        return Adaptable(
+            {path: Site(name, ()) for path, name in paths.items()},
+            self.shapes,
+            component=self.part.component,
+            components=self.components,
+            absent="the bundle keeps no exchangeable weight of",
+        )
+
+
+def _weight_shapes(slots: Mapping[tuple[str, str], Expression]) -> dict[str, Shape]:
+    """The shapes of the weights that slots are about; of a branch, what its two layers make together."""
+    shapes: dict[str, Shape] = {}
+    for (name, role), base in slots.items():
+        if role == MERGED:
+            shapes[name] = base.shape
+        elif role == DOWN:
+            shapes[name] = (slots[name, UP].shape[0], *base.shape[1:])
+    return shapes
+
+
+def _copied(bundle: Path, out: Path, change: Callable[[Path], Refitted]) -> Refitted:
+    """``change`` applied to a copy of ``bundle``, which appears under ``out`` only when it is done."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists; choose another folder")
+    read_manifest(bundle)
+    work = WorkFolder(out)
+    try:
+        work.make()
+        copy = work.path / out.name
+        shutil.copytree(bundle, copy)
+        done = change(copy)
+        copy.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        work.remove()
+    return replace(done, bundle=out)
