@@ -13,10 +13,12 @@ from optpass.adapters.branches import Plan, add_branches, layer_weights
 from optpass.adapters.exchangeable import Branch, merged_slot, needed_rank
 from optpass.adapters.matching import Adaptable
 from optpass.adapters.planning import Adaptations, Chosen, plan_adapters, read_adapters
+from optpass.adapters.reading import adapter_file
 from optpass.adapters.sites import SUFFIX
 from optpass.ir.program import Program
 from optpass.ir.weights import Expression
 from optpass.pipeline.contract import exact
+from optpass.pipeline.options import RecipePath
 from optpass.pipeline.passes import Context, Pass
 
 
@@ -25,7 +27,7 @@ class Weighted(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: Path
+    path: RecipePath
     scale: float = Field(default=1.0, allow_inf_nan=False)
 
 
@@ -36,6 +38,10 @@ class MergeLora(Pass):
     LyCORIS; several adapters are added up. DoRA gives m/‖W+ΔW‖·(W+ΔW), its scale inside ΔW as in peft. The
     sum is made in float32 and rounded once to the weight's dtype.
 
+    With `mode: refit` the engine computes the same, and the bundle can make those weights again with other
+    adapters or none (`optpass refit`). With `mode: keep` a LoRA stands beside the weight, y + B·A·x, at its cost
+    in every call, and `optpass refit` swaps A and B alone, for adapters up to the `rank` that is left room for.
+
     Leaves alone, and says so: tensors of the pipeline's other components; what is merged already; with
     `strict: false` also what matches no module, does not fit its shape, or is of another kind (embeddings,
     biases, whole modules, OFT …), each of which is an error otherwise. A weight that several modules share,
@@ -44,7 +50,7 @@ class MergeLora(Pass):
     Source: Hu et al., arXiv 2106.09685; Kalajdzievski, 2312.03732; Liu et al., 2402.09353; Yeh et al., 2309.14859.
     """
 
-    adapter: Path | Annotated[tuple[Weighted, ...], Field(min_length=1)] = Field(
+    adapter: RecipePath | Annotated[tuple[Weighted, ...], Field(min_length=1)] = Field(
         description="a file or folder, or a list of {path, scale}"
     )
     scale: float = Field(1.0, allow_inf_nan=False, description="multiplies the scale of every adapter")
@@ -60,8 +66,11 @@ class MergeLora(Pass):
 
     contract = exact(rtol=1e-5)
 
+    def reads(self) -> tuple[Path, ...]:
+        return tuple(adapter_file(path) for path, _ in self._given())
+
     def run(self, program: Program, context: Context) -> Program:
-        chosen = self._chosen()
+        chosen = read_adapters(self._given())
         plan = self._plan(chosen, program, context)
         for name in plan:
             context.rewrote(name.removesuffix(SUFFIX))
@@ -86,11 +95,11 @@ class MergeLora(Pass):
 
     def reference(self, program: Program) -> Program:
         """The model with the adapters as branches beside its layers."""
-        return add_branches(program.copy(), self._plan(self._chosen(), program, Context()))
+        return add_branches(program.copy(), self._plan(read_adapters(self._given()), program, Context()))
 
-    def _chosen(self) -> list[Chosen]:
+    def _given(self) -> list[tuple[Path, float]]:
         given = self.adapter if isinstance(self.adapter, tuple) else (Weighted(path=self.adapter),)
-        return read_adapters([(item.path, item.scale * self.scale) for item in given])
+        return [(item.path, item.scale * self.scale) for item in given]
 
     def _plan(self, chosen: Sequence[Chosen], program: Program, context: Context) -> Plan:
         """The adaptations of each weight, in the order of the adapters, without those that are in it."""

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 
 from optpass.errors import UserError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
+FOLDER = "folder"
+
+
+def _beside_recipe(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get(FOLDER)
+    beside = None if folder is None or path.is_absolute() else Path(folder, path)
+    return beside if beside is not None and beside.exists() else path
+
+
+RecipePath = Annotated[Path, AfterValidator(_beside_recipe)]
+"""The type of an option that names a file: relative to the recipe's folder where it lies there, else as given."""
 
 
 class Options(BaseModel):
@@ -18,8 +30,8 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any], *, owner: str) -> Self:
-        """Build from recipe options; ``owner`` names the pass or target in messages.
+    def from_options(cls, options: Mapping[str, Any], *, owner: str, folder: Path | None = None) -> Self:
+        """Build from recipe options; ``owner`` names the pass or target in messages, ``folder`` is the recipe's.
 
         Raises:
             UserError: an option is unknown (the nearest known one is named) or has a bad value.
@@ -29,17 +41,17 @@ class Options(BaseModel):
                 raise UserError(
                     f"{owner}: unknown option {key!r}{nearest(str(key), cls.model_fields) or '; it has none'}"
                 )
-        return validated(cls, options, owner)
+        return validated(cls, options, owner, folder)
 
     def as_options(self) -> dict[str, Any]:
         """All options with their resolved values, as JSON."""
         return self.model_dump(mode="json")
 
 
-def validated(model: type[Model], data: Mapping[str, Any], owner: str) -> Model:
+def validated(model: type[Model], data: Mapping[str, Any], owner: str, folder: Path | None = None) -> Model:
     """``model`` from ``data``, with pydantic's complaints as one readable :class:`UserError`."""
     try:
-        return model.model_validate(dict(data))
+        return model.model_validate(dict(data), context={FOLDER: folder})
     except ValidationError as error:
         raise UserError(f"{owner}: {'; '.join(_complaint(model, e) for e in error.errors())}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import fx
@@ -70,6 +71,14 @@ class Pass(Options):
 
         Report every changed site with ``context.rewrote`` and every refusal with ``context.decline``.
         """
+
+    def reads(self) -> tuple[Path, ...]:
+        """Files beside the checkpoint that the result depends on; the lock file has their hashes.
+
+        Raises:
+            UserError: one is not there.
+        """
+        return ()
 
     def reference(self, program: Program) -> Program:
         """What an ``exact`` pass's result must equal as a function: ``program`` itself, where nothing else is said.

@@ -167,7 +167,7 @@ def load_recipe(
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"recipe {path} is not a recipe: expected a mapping with 'passes', got {type(data).__name__}")
-    return make_recipe(data, default_name=path.stem, overrides=overrides, target=target)
+    return make_recipe(data, default_name=path.stem, overrides=overrides, target=target, folder=path.parent)
 
 
 def make_recipe(
@@ -176,8 +176,9 @@ def make_recipe(
     default_name: str = "recipe",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     target: str | None = None,
+    folder: Path | None = None,
 ) -> Recipe:
-    """A recipe from its document; see :func:`load_recipe`."""
+    """A recipe from its document; see :func:`load_recipe`. Files that it names may lie in ``folder``."""
     document = validated(_Document, data, f"recipe {data.get('name') or default_name!r}")
     pending = {name: dict(options) for name, options in (overrides or {}).items()}
     used: set[str] = set()
@@ -195,12 +196,12 @@ def make_recipe(
         lowering = resolved(chosen, "target") if chosen and part.target else ("", {})
         return Section(
             {key: _sizes(key, shape) for key, shape in part.inputs.items()},
-            tuple(_step(*resolved(item, "pass")) for item in part.passes),
+            tuple(_step(*resolved(item, "pass"), folder) for item in part.passes),
             lowering[0],
             target_class(lowering[0]).of(*lowering) if lowering[0] else None,
         )
 
-    steps = tuple(_step(*resolved(item, "pass")) for item in document.passes)
+    steps = tuple(_step(*resolved(item, "pass"), folder) for item in document.passes)
     sections = _sections(document.components, section_of)
     target_name, target_options = resolved(target or document.target, "target")
     target_record = target_class(target_name).of(target_name, target_options)
@@ -281,5 +282,5 @@ def _sizes(name: str, shape: list[int | str] | int | str) -> tuple[Size, ...]:
     return tuple(size_from(size, f"inputs: {name}") for size in (shape if isinstance(shape, list) else [shape]))
 
 
-def _step(name: str, options: Mapping[str, Any]) -> Step:
-    return Step(name, pass_class(name).from_options(options, owner=f"pass {name}"))
+def _step(name: str, options: Mapping[str, Any], folder: Path | None) -> Step:
+    return Step(name, pass_class(name).from_options(options, owner=f"pass {name}", folder=folder))
