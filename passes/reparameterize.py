@@ -12,7 +12,9 @@ from torch.fx import Node
 
 from optpass.analysis.affine.cover import Costlier, Cover, cheapest_cover, price_of
 from optpass.analysis.affine.forms import Bare, Form, Forms, forms_of
-from optpass.analysis.affine.maps import Affine, by
+from optpass.analysis.affine.maps import Affine, Transposed, Uniform, by
+from optpass.analysis.affine.steps import Term
+from optpass.analysis.operators import POINTWISE_BINARY, POINTWISE_UNARY
 from optpass.errors import OptpassError
 from optpass.ir.graph import PATH, Graph, path_of
 from optpass.ir.program import Program
@@ -24,6 +26,8 @@ from optpass.rewrite.affine import emit, emit_bare
 from optpass.rewrite.rules import layout
 
 aten = torch.ops.aten
+ACTIVATION_STEPS = 8
+"""Operators that one activation function is written in at most."""
 
 
 class Reparameterize(Pass):
@@ -184,6 +188,8 @@ def _why_left(left: Costlier) -> str:
     root = left.form.root
     source = f"%{root.node.name} without its scale and shift" if isinstance(root, Bare) else f"%{root.name}"
     what = f"{_named(left.form)} on {source}"
+    if left.price.macs > left.kept.macs == 0:
+        return f"{what} would take {macs(left.price.macs)} more: what it would go into has other readers"
     if left.price.macs > left.kept.macs:
         return f"{what} would take {macs(left.price.macs)}, what it replaces takes {macs(left.kept.macs)}"
     if left.price.macs == left.kept.macs and left.price.weights > left.kept.weights:
@@ -194,7 +200,9 @@ def _why_left(left: Costlier) -> str:
 
 def _named(form: Form) -> str:
     made = form.map
-    if not isinstance(made, Affine) or made.is_elementwise:
+    if isinstance(made, Transposed):
+        return f"one transposed convolution {made.inputs}→{made.outputs}"
+    if isinstance(made, Uniform) or made.is_elementwise:
         return "a scale and shift"
     kind = f"{by(made.kernel)} convolution" if made.spatial else "linear layer"
     groups = f" in {made.groups} groups" if made.groups > 1 else ""
@@ -202,7 +210,7 @@ def _named(form: Form) -> str:
 
 
 def _gate(node: Node, forms: Forms) -> Node | None:
-    """The factor of a product of two activations that stands between linear operators."""
+    """The factor of a product of two activations that stands between linear operators, x·σ(x) and its kind left out."""
     if node.target is not aten.mul.Tensor or node in forms.steps:
         return None
     left, right = node.args[:2]
@@ -210,9 +218,20 @@ def _gate(node: Node, forms: Forms) -> Node | None:
         return None
     if left not in forms.steps:
         left, right = right, left
-    into = any(
-        isinstance(term.map, Affine) and not term.map.is_elementwise
-        for user in node.users
-        for term in forms.steps.get(user, ())
-    )
-    return right if left in forms.steps and into else None
+    into = any(_is_layer(term) for user in node.users for term in forms.steps.get(user, ()))
+    return right if left in forms.steps and into and not _is_pointwise_of(right, left) else None
+
+
+def _is_layer(term: Term) -> bool:
+    return not isinstance(term.map, Uniform) and not (isinstance(term.map, Affine) and term.map.is_elementwise)
+
+
+def _is_pointwise_of(node: Node, source: Node) -> bool:
+    """Whether only operators that work element by element lead from ``source`` to ``node``."""
+    for _ in range(ACTIVATION_STEPS):
+        if node is source:
+            return True
+        if node.target not in POINTWISE_UNARY | POINTWISE_BINARY or not isinstance(node.args[0], Node):
+            return False
+        node = node.args[0]
+    return False

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from optpass.analysis.affine.maps import Affine, Map, Uniform, is_ones, reshaped
-from optpass.analysis.affine.steps import NORMS
+from optpass.analysis.affine.expressions import is_ones, reshaped
+from optpass.analysis.affine.maps import Affine, Map, Transposed, Uniform
+from optpass.analysis.affine.norms import NORMS
 from optpass.analysis.operators import aten
 from optpass.ir.algebra import Full
 from optpass.ir.graph import Graph, value_of
@@ -18,6 +19,7 @@ Store = Callable[[str, Expression], Node]
 """Reads a weight: its role (``weight``, ``bias``) and values → a node at the graph's insertion point."""
 
 CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+TRANSPOSED = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}
 
 
 def emit(graph: Graph, operand: Node, made: Map, *, like: Node, store: Store) -> Node:
@@ -30,18 +32,22 @@ def emit(graph: Graph, operand: Node, made: Map, *, like: Node, store: Store) ->
     def read(role: str, value: Expression) -> Node:
         return store(role, value if value.dtype == dtype else Cast(value, dtype))
 
-    if isinstance(made, Uniform) or made.is_elementwise:
+    if isinstance(made, Uniform) or (isinstance(made, Affine) and made.is_elementwise):
         return _scale_and_shift(graph, operand, made, like, read)
     bias = None if made.bias is None else read("bias", made.bias)
-    if not made.spatial:
+    if isinstance(made, Affine) and not made.spatial:
         assert made.groups == 1, "a linear layer has no groups"
         return graph.call(aten.linear.default, operand, read("weight", made.weight), bias, like=like)
-    geometry = [list(made.stride), list(made.padding), list(made.dilation), made.groups]
     weight = read("weight", made.weight)
-    return graph.call(CONVOLUTIONS[made.spatial], operand, weight, bias, *geometry, like=like)
+    stride, padding, dilation = list(made.stride), list(made.padding), list(made.dilation)
+    if isinstance(made, Transposed):
+        geometry = (stride, padding, list(made.output_padding), made.groups, dilation)
+        return graph.call(TRANSPOSED[made.spatial], operand, weight, bias, *geometry, like=like)
+    operator = CONVOLUTIONS[made.spatial]
+    return graph.call(operator, operand, weight, bias, stride, padding, dilation, made.groups, like=like)
 
 
-def _scale_and_shift(graph: Graph, operand: Node, made: Map, like: Node, read: Store) -> Node:
+def _scale_and_shift(graph: Graph, operand: Node, made: Uniform | Affine, like: Node, read: Store) -> Node:
     scale, shift = (made.scale, made.shift) if isinstance(made, Uniform) else (made.weight, made.bias)
     ones = [1] * made.spatial if isinstance(made, Affine) else []
     result = operand

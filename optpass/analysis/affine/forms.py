@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from optpass.analysis.affine.maps import Affine, Map, NotExactError, Uniform, add, compose
-from optpass.analysis.affine.steps import Constants, Step, Term, norm_affine, step_of
+from optpass.analysis.affine.composition import compose
+from optpass.analysis.affine.constants import Constants
+from optpass.analysis.affine.maps import Map, NotExactError, Uniform
+from optpass.analysis.affine.norms import norm_affine
+from optpass.analysis.affine.steps import Step, Term, step_of
+from optpass.analysis.affine.sums import add
 from optpass.ir.algebra import Full
 from optpass.ir.graph import Graph, value_of
 from optpass.ir.weights import Expression, accumulation_dtype
@@ -131,4 +135,4 @@ def _summed(found: Forms, node: Node, step: Step) -> tuple[Form, ...]:
 
 def _same_channels(outer: Map, inner: Map) -> bool:
     """Whether both act along the same dimension."""
-    return not (isinstance(outer, Affine) and isinstance(inner, Affine)) or outer.spatial == inner.spatial
+    return isinstance(outer, Uniform) or isinstance(inner, Uniform) or outer.spatial == inner.spatial

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from optpass.analysis.affine.maps import Affine, Map, Uniform, added, channelwise, reshaped
+from optpass.analysis.affine.constants import Constants
+from optpass.analysis.affine.expressions import added, reshaped
+from optpass.analysis.affine.maps import Affine, Map, Transposed, Uniform, channelwise
 from optpass.analysis.operators import argument, aten
 from optpass.ir.algebra import Einsum, Full, Power
 from optpass.ir.graph import shape_of, value_of
-from optpass.ir.weights import Cast, Expression, Permute, Reshape, Scale, accumulation_dtype
+from optpass.ir.weights import Expression, Permute, Scale, accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -29,66 +31,6 @@ Step = tuple[Term, ...]
 """A node's value is the sum of its terms, of which there are one or two."""
 
 
-@dataclass
-class Constants:
-    """The values of a graph that depend on weights alone, as expressions in accumulation precision.
-
-    A transposed, permuted or reshaped weight is one; other arithmetic on weights is not.
-    """
-
-    weights: Mapping[str, Expression]
-    known: dict[Node, Expression | None] = field(default_factory=dict)
-
-    def __call__(self, value: Any) -> Expression | None:
-        """The expression of ``value``, or None where it is an activation, a number or not of floating point."""
-        if not isinstance(value, Node):
-            return None
-        if value not in self.known:
-            self.known[value] = self._find(value)
-        return self.known[value]
-
-    def _find(self, node: Node) -> Expression | None:
-        if node.op == "get_attr":
-            leaf = self.weights[str(node.target)]
-            if not leaf.dtype.is_floating_point:
-                return None
-            wide = accumulation_dtype(leaf.dtype)
-            return leaf if wide == leaf.dtype else Cast(leaf, wide)
-        if node.op != "call_function" or node.target not in REARRANGED:
-            return None
-        source = self(node.args[0])
-        return None if source is None else REARRANGED[node.target](node, source)
-
-
-def _transposed(node: Node, source: Expression) -> Expression:
-    order = list(range(len(source.shape)))
-    if node.target is aten.transpose.int:
-        first, second = int(argument(node, "dim0")), int(argument(node, "dim1"))
-        order[first], order[second] = order[second], order[first]
-    else:
-        order.reverse()
-    return Permute(source, tuple(order))
-
-
-def _permuted(node: Node, source: Expression) -> Expression:
-    return Permute(source, tuple(int(dim) % len(source.shape) for dim in argument(node, "dims")))
-
-
-def _reshaped(node: Node, source: Expression) -> Expression:
-    return Reshape(source, tuple(map(int, shape_of(node))))
-
-
-REARRANGED: dict[Any, Callable[[Node, Expression], Expression]] = {
-    aten.transpose.int: _transposed,
-    aten.t.default: _transposed,
-    aten.permute.default: _permuted,
-    aten.reshape.default: _reshaped,
-    aten.unsqueeze.default: _reshaped,
-    aten.squeeze.dim: _reshaped,
-}
-"""Operators that move a weight's elements around, and what they make of it."""
-
-
 def step_of(node: Node, constants: Constants) -> Step | None:
     """``node`` as a sum of affine maps of activations; None where it is not one, or changes the dtype."""
     rule = RULES.get(node.target) if node.op == "call_function" else None
@@ -98,33 +40,6 @@ def step_of(node: Node, constants: Constants) -> Step | None:
     dtype = value_of(node).dtype
     same = dtype.is_floating_point and all(value_of(term.operand).dtype == dtype for term in step)
     return step if same else None
-
-
-def norm_affine(node: Node, constants: Constants) -> Affine | None:
-    """Scale and shift per channel that end a normalisation; None where there are none.
-
-    The normalisation before them is no affine map of its input.
-    """
-    names = NORMS.get(node.target) if node.op == "call_function" else None
-    if names is None or not all(argument(node, name) is None or constants(argument(node, name)) for name in names):
-        return None
-    weight, bias = (constants(argument(node, name)) for name in (*names, *names)[:2])
-    if len(names) == 1:
-        bias = None
-    given = weight if weight is not None else bias
-    if given is None or len(given.shape) != 1:
-        return None
-    spatial = len(shape_of(node)) - 2 if node.target is aten.group_norm.default else 0
-    ones: Expression = Full(given.shape, 1.0, given.dtype)
-    return channelwise(ones if weight is None else weight, bias, spatial)
-
-
-NORMS: dict[Any, tuple[str, ...]] = {
-    aten.layer_norm.default: ("weight", "bias"),
-    aten.group_norm.default: ("weight", "bias"),
-    aten.rms_norm.default: ("weight",),
-}
-"""Normalisations by the statistics of their input, and the names of the arguments that scale and shift after it."""
 
 
 def _linear(node: Node, constants: Constants) -> Step | None:
@@ -175,6 +90,16 @@ def _convolution(node: Node, constants: Constants) -> Step | None:
     return (Term(operand, made),)
 
 
+def _transposed_convolution(node: Node, constants: Constants) -> Step | None:
+    operand, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
+    kernel, shift = constants(weight), constants(bias)
+    if kernel is None or (bias is not None and shift is None) or len(shape_of(operand)) != len(kernel.shape):
+        return None
+    names = ("stride", "padding", "output_padding", "dilation")
+    sizes = [_per_axis(argument(node, name), len(kernel.shape) - 2) for name in names]
+    return (Term(operand, Transposed(kernel, shift, argument(node, "groups"), *sizes)),)
+
+
 def _average_pool(node: Node, constants: Constants) -> Step | None:
     operand: Any = argument(node, "self")
     spatial = POOLS[node.target]
@@ -184,7 +109,13 @@ def _average_pool(node: Node, constants: Constants) -> Step | None:
     whole = argument(node, "count_include_pad") or not any(padding)
     divisor = spatial > 1 and argument(node, "divisor_override")
     shape = shape_of(operand)
-    if argument(node, "ceil_mode") or not whole or divisor or len(shape) != spatial + 2 or not _is_fixed(shape[1]):
+    if (
+        argument(node, "ceil_mode")
+        or not whole
+        or divisor
+        or len(shape) != spatial + 2
+        or not isinstance(shape[1], int)
+    ):
         return None
     weight = Full((shape[1], 1, *kernel), 1 / prod(kernel), _wide(operand))
     return (Term(operand, Affine(weight, None, shape[1], stride, padding, (1,) * spatial)),)
@@ -228,27 +159,35 @@ def _reversed_subtract(node: Node, constants: Constants) -> Step | None:
 
 
 def _weighted(node: Node, left: tuple[Any, float], right: tuple[Any, float], constants: Constants) -> Step | None:
-    terms, shift = [], None
-    for operand, factor in (left, right):
-        if isinstance(operand, Node) and constants(operand) is None:
-            if shape_of(operand) != shape_of(node):
-                return None
-            terms.append(Term(operand, Uniform(Full((), factor, _wide(operand)))))
-        else:
-            shift = (operand, factor)
-    if len(terms) != 1 or shift is None:
-        return tuple(terms) if terms and shift is None else None
-    made = _pointwise(terms[0].operand, shift[0], constants)
+    """The sum of two operands, each times a number."""
+    if not isinstance(left[0], Node) or constants(left[0]) is not None:
+        left, right = right, left
+    operand, factor = left
+    if not isinstance(operand, Node) or constants(operand) is not None or shape_of(operand) != shape_of(node):
+        return None
+    first = Term(operand, Uniform(_number(factor, operand)))
+    other, second = right
+    if not isinstance(other, Node) or constants(other) is not None:
+        return _shifted(operand, factor, other, second, constants)
+    if shape_of(other) != shape_of(node):
+        return None
+    return (first, Term(other, Uniform(_number(second, other))))
+
+
+def _shifted(operand: Node, factor: float, constant: Any, times: float, constants: Constants) -> Step | None:
+    """``operand · factor + constant · times``."""
+    made = _pointwise(operand, constant, constants)
     if made is None:
         return None
-    constant, spatial = made
-    constant = _multiplied(constant, shift[1])
-    scale = terms[0].map.scale  # type: ignore[union-attr]
+    shift, spatial = made
+    if isinstance(shift, Full):
+        shift = Full(shift.shape, shift.value * times, shift.dtype)
+    elif times != 1:
+        shift = Scale(shift, times)
     if spatial is None:
-        nothing = isinstance(constant, Full) and constant.value == 0
-        return (Term(terms[0].operand, Uniform(scale, None if nothing else constant)),)
-    weight = Full(constant.shape, scale.value, constant.dtype)  # type: ignore[union-attr]
-    return (Term(terms[0].operand, channelwise(weight, constant, spatial)),)
+        nothing = isinstance(shift, Full) and shift.value == 0
+        return (Term(operand, Uniform(_number(factor, operand), None if nothing else shift)),)
+    return (Term(operand, channelwise(Full(shift.shape, factor, shift.dtype), shift, spatial)),)
 
 
 def _multiply(node: Node, constants: Constants) -> Step | None:
@@ -280,7 +219,7 @@ def _scaled(node: Node, operand: Any, factor: Any, exponent: float, constants: C
 
 def _negative(node: Node, constants: Constants) -> Step | None:
     operand: Any = node.args[0]
-    return (Term(operand, Uniform(Full((), -1.0, _wide(operand)))),)
+    return (Term(operand, Uniform(_number(-1.0, operand))),)
 
 
 def _pointwise(operand: Node, constant: Any, constants: Constants) -> tuple[Expression, int | None] | None:
@@ -290,7 +229,7 @@ def _pointwise(operand: Node, constant: Any, constants: Constants) -> tuple[Expr
     """
     shape = shape_of(operand)
     if isinstance(constant, (int, float)):
-        return Full((), float(constant), _wide(operand)), None
+        return _number(constant, operand), None
     found = constants(constant)
     if found is None or len(found.shape) > len(shape):
         return None
@@ -305,20 +244,14 @@ def _pointwise(operand: Node, constant: Any, constants: Constants) -> tuple[Expr
     return (reshaped(found, (found.numel,)), len(shape) - 2) if axis == 1 else None
 
 
-def _multiplied(expression: Expression, factor: float) -> Expression:
-    if isinstance(expression, Full):
-        return Full(expression.shape, expression.value * factor, expression.dtype)
-    return expression if factor == 1 else Scale(expression, factor)
-
-
 def _per_axis(sizes: Any, spatial: int) -> tuple[int, ...]:
     """One size per axis: one given for all of them is repeated."""
     given = tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,)
     return given * spatial if len(given) == 1 else given
 
 
-def _is_fixed(size: Any) -> bool:
-    return isinstance(size, int)
+def _number(value: float, operand: Node) -> Full:
+    return Full((), float(value), _wide(operand))
 
 
 def _wide(operand: Node) -> torch.dtype:
@@ -343,6 +276,10 @@ RULES: dict[Any, Callable[[Node, Constants], Step | None]] = {
             aten.conv3d.padding,
         ),
         _convolution,
+    ),
+    **dict.fromkeys(
+        (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+        _transposed_convolution,
     ),
     **dict.fromkeys(POOLS, _average_pool),
     aten.batch_norm.default: _batch_norm,
