@@ -1,0 +1,74 @@
+"""Values of a graph that depend on weights alone, as expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from optpass.analysis.operators import argument, aten
+from optpass.ir.graph import shape_of
+from optpass.ir.weights import Cast, Expression, Permute, Reshape, accumulation_dtype
+
+
+@dataclass
+class Constants:
+    """The values of a graph that depend on weights alone, as expressions in accumulation precision.
+
+    A transposed, permuted or reshaped weight is one; other arithmetic on weights is not.
+    """
+
+    weights: Mapping[str, Expression]
+    known: dict[Node, Expression | None] = field(default_factory=dict)
+
+    def __call__(self, value: Any) -> Expression | None:
+        """The expression of ``value``, or None where it is an activation, a number or complex."""
+        if not isinstance(value, Node):
+            return None
+        if value not in self.known:
+            self.known[value] = self._find(value)
+        return self.known[value]
+
+    def _find(self, node: Node) -> Expression | None:
+        if node.op == "get_attr":
+            leaf = self.weights[str(node.target)]
+            if leaf.dtype.is_complex:
+                return None
+            wide = accumulation_dtype(leaf.dtype) if leaf.dtype.is_floating_point else torch.float32
+            return leaf if wide == leaf.dtype else Cast(leaf, wide)
+        if node.op != "call_function" or node.target not in REARRANGED:
+            return None
+        source = self(node.args[0])
+        return None if source is None else REARRANGED[node.target](node, source)
+
+
+def _transposed(node: Node, source: Expression) -> Expression:
+    order = list(range(len(source.shape)))
+    if node.target is aten.transpose.int:
+        first, second = int(argument(node, "dim0")), int(argument(node, "dim1"))
+        order[first], order[second] = order[second], order[first]
+    else:
+        order.reverse()
+    return Permute(source, tuple(order))
+
+
+def _permuted(node: Node, source: Expression) -> Expression:
+    return Permute(source, tuple(int(dim) % len(source.shape) for dim in argument(node, "dims")))
+
+
+def _reshaped(node: Node, source: Expression) -> Expression:
+    return Reshape(source, tuple(map(int, shape_of(node))))
+
+
+REARRANGED: dict[Any, Callable[[Node, Expression], Expression]] = {
+    aten.transpose.int: _transposed,
+    aten.t.default: _transposed,
+    aten.permute.default: _permuted,
+    aten.reshape.default: _reshaped,
+    aten.unsqueeze.default: _reshaped,
+    aten.squeeze.dim: _reshaped,
+}
+"""Operators that move a weight's elements around, and what they make of it."""
