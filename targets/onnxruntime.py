@@ -90,6 +90,7 @@ class OnnxRuntime(Target):
     )
 
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
+    exchanges: ClassVar[bool] = True
     extra: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 

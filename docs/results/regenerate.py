@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from adapters_table import adapters
 from models_table import FAMILIES, models
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +133,7 @@ def main(names: Sequence[str]) -> None:
     known: dict[str, Callable[[], str]] = {
         "published-counts": published_counts,
         "moving-digits": moving_digits,
+        "adapters": partial(adapters, optpass),
         "models": partial(models, optpass, table),
     }
     parts = {f"models-{family}": partial(models, optpass, table, (family,)) for family in FAMILIES}

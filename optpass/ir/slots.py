@@ -7,12 +7,13 @@ their expressions, so that another adapter's values can be written to the same p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from optpass.ir.algebra import Eye, Full
 from optpass.ir.weights import Expression, Shape
 
 
@@ -77,3 +78,20 @@ def slots_in(expression: Expression) -> Iterator[Slot]:
 def has_slot(expression: Expression) -> bool:
     """Whether the values of ``expression`` can be exchanged."""
     return next(slots_in(expression), None) is not None
+
+
+def fixed_parts(expression: Expression) -> Iterator[Expression]:
+    """What the values of ``expression`` are made of beside its slots' content: what is kept to make them again."""
+    if isinstance(expression, Slot):
+        yield expression.base
+    elif not has_slot(expression):
+        yield expression
+    else:
+        for operand in expression.operands():
+            yield from fixed_parts(operand)
+
+
+def kept_bytes(weights: Mapping[str, Expression]) -> int:
+    """Bytes that a bundle keeps beside its engines to exchange what is in the slots of ``weights``."""
+    parts = {part for item in weights.values() if has_slot(item) for part in fixed_parts(item)}
+    return sum(part.nbytes for part in parts if not isinstance(part, (Eye, Full)))

@@ -269,9 +269,9 @@ class GateKeeper:
 
 def _lower(part: Part, request: Request, folder: Path, progress: Progress) -> Part:
     target, name = part.recipe.target, part.recipe.target_name
-    if unsupported := target.supports(part.program):
+    if unsupported := target.refuses(part.program):
         shown = "\n  ".join(f"{item.path}: {item.operator}: {item.reason}" for item in unsupported[:10])
-        raise UserError(f"target {name!r} cannot take {len(unsupported)} operators:\n  {shown}")
+        raise UserError(f"target {name!r} cannot take {len(unsupported)} parts of the model:\n  {shown}")
     place = folder / part.place
     place.mkdir(exist_ok=True)
     engines = target.lower(part.program, Lowering(place, allow_nonfinite=request.allow_nonfinite, progress=progress))

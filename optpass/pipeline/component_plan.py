@@ -43,6 +43,7 @@ from optpass.evaluate.latency import RUNS, WARMUP
 from optpass.evaluate.metrics import NUMERIC
 from optpass.evaluate.widened import widened
 from optpass.ir.program import Program
+from optpass.ir.slots import kept_bytes
 from optpass.ir.weights import Expression
 from optpass.pipeline import evidence, verification
 from optpass.pipeline.gates import Gate
@@ -187,15 +188,18 @@ class _Planner:
             )
         self.stages.append(Stage("capture", memory=self.held))
         passes, result = self._passes()
-        unsupported = tuple(self.recipe.target.supports(result)) if self.lowers else ()
+        unsupported = tuple(self.recipe.target.refuses(result)) if self.lowers else ()
         if unsupported:
-            self.refusals.append(f"target {self.recipe.target_name!r} cannot take {len(unsupported)} operators")
+            self.refusals.append(
+                f"target {self.recipe.target_name!r} cannot take {len(unsupported)} parts of the model"
+            )
         footprint = self._footprint(result) if self.lowers else None
         collected, temporary = self._lower(result, footprint) if footprint else ("no engine, no evidence", 0)
         self._identify()
         samples = 2 * self.request.samples if self._sampled(collected) else 0
         sites = sum(len(item.record.sites) for item in passes if item.record)
         bundle = RECORDS + SITE * sites + CLIP * samples + (footprint.disk if footprint else 0)
+        bundle += kept_bytes(result.used_weights())
         return ComponentPlan(
             self.original,
             self.cost,

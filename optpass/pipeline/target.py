@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,7 +17,7 @@ from optpass.capture.precision import PRECISIONS
 from optpass.errors import UserError
 from optpass.ir.graph import TensorSpec
 from optpass.ir.program import Program
-from optpass.ir.slots import Placement
+from optpass.ir.slots import Placement, has_slot
 from optpass.pipeline.options import Options
 
 COPIES = 3
@@ -91,6 +91,9 @@ class Target(Options):
     floats: ClassVar[frozenset[torch.dtype]] = frozenset(PRECISIONS.values())
     """Dtypes that its engines compute in; a checkpoint of another one is captured in float32, if nobody objects."""
 
+    exchanges: ClassVar[bool] = False
+    """Whether its engines' exchangeable weights lie in files of raw values (:attr:`LoweredEntry.slotted`)."""
+
     @classmethod
     def missing_packages(cls) -> list[str]:
         return [name for name in cls.packages if importlib.util.find_spec(name) is None]
@@ -106,6 +109,11 @@ class Target(Options):
                 f"target {name!r} needs {', '.join(missing)}, not installed here; "
                 f"install it with: pip install 'optpass[{cls.extra}]'"
             )
+
+    def refuses(self, program: Program) -> list[Unsupported]:
+        """What of ``program`` cannot be lowered: what the target does not support, and weights it cannot exchange."""
+        found = [] if self.exchanges else list(_slots(program))
+        return found + self.supports(program)
 
     def supports(self, program: Program) -> list[Unsupported]:
         """What of ``program`` this target cannot take; empty when it can all. Cheap, reads no weight."""
@@ -145,3 +153,10 @@ class Target(Options):
     @classmethod
     def summary(cls) -> str:
         return (inspect.getdoc(cls) or "").split("\n", 1)[0]
+
+
+def _slots(program: Program) -> Iterator[Unsupported]:
+    reason = "the target's engines cannot exchange weights after the build; merge the adapter, or choose another target"
+    for name, expression in program.used_weights().items():
+        if has_slot(expression):
+            yield Unsupported(name, "exchangeable weight", reason)

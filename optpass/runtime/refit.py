@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ class Refitted:
     """What :func:`refit` wrote: tensors and bytes, what is in the engine now, and what of the adapters is not."""
 
     bundle: Path
+    seconds: float
     tensors: int
     bytes: int
     content: tuple[str, ...]
@@ -34,6 +36,7 @@ class Refitted:
     def as_json(self) -> dict[str, Any]:
         return {
             "bundle": str(self.bundle),
+            "seconds": self.seconds,
             "tensors": self.tensors,
             "bytes": self.bytes,
             "content": list(self.content),
@@ -61,6 +64,7 @@ def refit(
         return _copied(
             bundle, out, lambda copy: refit(copy, adapters, component=component, strict=strict, progress=progress)
         )
+    started = time.perf_counter()
     manifest, chosen = read_manifest(bundle), read_adapters(adapters)
     work = [_Work(bundle, manifest, part, chosen) for part in _parts(bundle, manifest, component)]
     for item in work:
@@ -68,7 +72,8 @@ def refit(
     done = [item.write(progress) for item in work]
     tensors, written = sum(item.tensors for item in done), sum(item.bytes for item in done)
     left_out = dict.fromkeys(note for item in work for note in item.notes)
-    return Refitted(bundle, tensors, written, tuple(map(str, chosen)), tuple(left_out))
+    seconds = time.perf_counter() - started
+    return Refitted(bundle, seconds, tensors, written, tuple(map(str, chosen)), tuple(left_out))
 
 
 def _parts(bundle: Path, manifest: Manifest, component: str | None) -> list[PartRecord]:

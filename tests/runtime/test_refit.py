@@ -10,17 +10,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from optpass.capture.sources import capture
 from optpass.cli import app
 from optpass.errors import UserError, WeightError
 from optpass.ir.hashing import file_digest
+from optpass.ir.safetensors_io import read_safetensors
+from optpass.ir.slots import kept_bytes
 from optpass.passes.cast import CastFloats
 from optpass.passes.merge_lora import MergeLora
 from optpass.pipeline.apply import apply
+from optpass.pipeline.passes import Context
 from optpass.pipeline.recipe import Recipe, Step
 from optpass.pipeline.request import Request
 from optpass.runtime.loading import load
 from optpass.runtime.refit import refit
 from optpass.targets.onnxruntime import OnnxRuntime
+from optpass.targets.program import ProgramTarget
 
 X = torch.randn(2, 8, 6, 6)
 MODEL = """
@@ -148,6 +153,25 @@ def test_a_copy_is_changed_and_the_bundle_stays(model: tuple[str, Path], tmp_pat
     with pytest.raises(UserError, match="exists"):
         refit(bundle, [], out=tmp_path / "copy")
     assert {path.name for path in tmp_path.iterdir()} == {"a", "copy", "first", "second"}
+
+
+@pytest.mark.parametrize("mode", ["refit", "keep"])
+def test_what_lies_beside_the_engine_is_foreseen(mode: str, model: tuple[str, Path], tmp_path: Path) -> None:
+    bundle = build(model, tmp_path / "a", [merging(adapter(tmp_path / "first", 1), mode=mode)])
+    program = capture(model[0], weights=model[1])
+    step = merging(tmp_path / "first", mode=mode)
+    after = step.record.run(program.copy(), Context())
+    stored = read_safetensors(bundle / "refit" / "base.safetensors") if mode == "refit" else {}
+    assert kept_bytes(after.used_weights()) == sum(expression.nbytes for expression in stored.values())
+    assert (bundle / "refit" / "base.safetensors").exists() == (mode == "refit")
+
+
+def test_a_target_that_cannot_exchange_says_so(model: tuple[str, Path], tmp_path: Path) -> None:
+    steps = (merging(adapter(tmp_path / "first", 1), mode="refit"),)
+    recipe = Recipe("t", "", {}, steps, (), "program", ProgramTarget())
+    with pytest.raises(UserError, match=r"cannot exchange weights after the build"):
+        apply(recipe, Request(model[0], tmp_path / "out", weights=model[1]))
+    assert not (tmp_path / "out").exists()
 
 
 def damaged(path: Path, change: Any) -> Path:
