@@ -71,9 +71,11 @@ def refit(
         item.plan(strict)
     done = [item.write(progress) for item in work]
     tensors, written = sum(item.tensors for item in done), sum(item.bytes for item in done)
-    left_out = dict.fromkeys(note for item in work for note in item.notes)
+    # What one part leaves to another is not left out.
+    refused = [dict(item.notes) for item in work]
+    left_out = tuple((key, reason) for key, reason in refused[0].items() if all(key in other for other in refused))
     seconds = time.perf_counter() - started
-    return Refitted(bundle, seconds, tensors, written, tuple(map(str, chosen)), tuple(left_out))
+    return Refitted(bundle, seconds, tensors, written, tuple(map(str, chosen)), left_out)
 
 
 def _parts(bundle: Path, manifest: Manifest, component: str | None) -> list[PartRecord]:

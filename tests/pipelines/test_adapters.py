@@ -1,0 +1,87 @@
+"""One adapter for several components of a pipeline, exchanged in the bundle; diffusers' own loader is the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+import optpass as library
+from optpass.errors import UserError
+from optpass.pipeline.apply import apply
+from optpass.pipeline.recipe import make_recipe
+from optpass.pipeline.request import Request
+from optpass.runtime.bundle import read_manifest
+from optpass.runtime.folder import build_pipeline
+from optpass.runtime.refit import refit
+from optpass.runtime.sampling import Asked, drive
+
+RANK = 2
+ENDS = ("to_q.weight", "to_v.weight", "ff.net.2.weight", "conv1.weight", "q_proj.weight", "fc1.weight")
+
+
+def adapter(pipeline: Any, path: Path, seed: int) -> Path:
+    """A LoRA of both models in diffusers' layout, its factors random."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for component in ("unet", "text_encoder"):
+        for name, value in getattr(pipeline, component).named_parameters():
+            if name.endswith(ENDS):
+                key = f"{component}.{name.removesuffix('.weight')}"
+                out, *rest = value.shape
+                down = torch.randn(RANK, *rest, generator=generator) / 3
+                tensors[f"{key}.lora_A.weight"] = down
+                tensors[f"{key}.lora_B.weight"] = (
+                    torch.randn(out, RANK, *(1 for _ in rest[1:]), generator=generator) / 3
+                )
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(case: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pipeline's folder, and a bundle of it with an adapter in two components."""
+    folder = case("stable-diffusion", "onnxruntime").folder
+    place = tmp_path_factory.mktemp("adapters")
+    first = adapter(build_pipeline(folder, {}), place / "first.safetensors", 1)
+    merging = {"passes": [{"merge-lora": {"adapter": str(first), "mode": "refit"}}]}
+    document = {"components": {"unet": merging, "text_encoder": merging, "vae": "keep"}, "target": "onnxruntime"}
+    apply(make_recipe(document), Request(str(folder), place / "bundle", baseline=False, samples=0))
+    return folder, place / "bundle"
+
+
+def picture(pipeline: Any) -> torch.Tensor:
+    frames: torch.Tensor = drive(pipeline, samples=1, asked=Asked(prompt="a cat", steps=3), seed=3).frames
+    return frames
+
+
+def test_refitted_pipelines_are_diffusers_own(bundle: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, built = bundle
+    second = adapter(build_pipeline(folder, {}), tmp_path / "second.safetensors", 2)
+    done = refit(built, [(second, 0.7)], out=tmp_path / "refitted")
+    parts = {part.component for part in read_manifest(built).all_parts() if part.refit}
+    assert parts == {"unet", "text_encoder"}
+    assert [key for key, _ in done.left_out] == ["second.safetensors"]  # no alpha, which is said
+    expected = StableDiffusionPipeline.from_pretrained(folder)
+    expected.load_lora_weights(second)
+    expected.fuse_lora(lora_scale=0.7)
+    expected.unload_lora_weights()
+    found = picture(library.load_pipeline(tmp_path / "refitted"))
+    torch.testing.assert_close(found, picture(expected), atol=1e-4, rtol=0)
+    assert float((found - picture(build_pipeline(folder, {}))).abs().max()) > 1e-2
+
+
+def test_one_component_alone_and_one_without_slots(bundle: tuple[Path, Path], tmp_path: Path) -> None:
+    _, built = bundle
+    done = refit(built, [], component="text_encoder", out=tmp_path / "copy")
+    assert done.tensors > 0
+    before, after = read_manifest(built).files, read_manifest(tmp_path / "copy").files
+    changed = {name for name, record in after.items() if record != before[name]}
+    assert changed == {"text_encoder/full.onnx.slots.data", "text_encoder/refit/slots.json"}
+    with pytest.raises(UserError, match="'vae'"):
+        refit(built, [], component="vae")
