@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from optpass.adapters.adaptation import Adaptation, merged
 from optpass.adapters.branches import add_branches
 from optpass.adapters.matching import Matched, match_adapter
-from optpass.adapters.reading import Adapter, adapter_file, read_adapter
+from optpass.adapters.reading import Adapter, adapter_files, read_adapter
 from optpass.adapters.sites import SUFFIX
 from optpass.errors import UserError
 from optpass.ir.hashing import file_digest
@@ -53,6 +53,9 @@ class MergeLora(Pass):
 
     contract = exact(rtol=1e-5)
 
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(file for item in self._given() for file in adapter_files(item.path)))
+
     def run(self, program: Program, context: Context) -> Program:
         plan = self._plan(program, context)
         changes: dict[str, Expression] = {}
@@ -80,18 +83,21 @@ class MergeLora(Pass):
             _refuse_conflict(name, [adaptation for adaptation, _ in adaptations])
         return dict(plan)
 
+    def _given(self) -> tuple[Weighted, ...]:
+        return self.adapter if isinstance(self.adapter, tuple) else (Weighted(path=self.adapter),)
+
     def _adapters(self) -> Iterator[tuple[Adapter, float]]:
         """
         Raises:
             UserError: a file is no adapter, or is given twice.
             WeightError: one is damaged, or holds NaN or Inf.
         """
-        given = self.adapter if isinstance(self.adapter, tuple) else (Weighted(path=self.adapter),)
+        given = self._given()
         if not given:
             raise UserError("merge-lora: the list of adapters is empty")
         seen: dict[str, Path] = {}
         for item in given:
-            digest = file_digest(adapter_file(item.path))
+            digest = file_digest(adapter_files(item.path)[0])
             if digest in seen:
                 raise UserError(f"merge-lora: {seen[digest]} and {item.path} are the same adapter; give it once")
             seen[digest] = item.path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from optpass.adapters.adaptation import Adaptation
@@ -15,9 +15,13 @@ from optpass.capture.configs import PIPELINE_INDEX
 from optpass.capture.diffusers_pipeline import DENOISERS
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
+from optpass.ir.weights import dtype_name
 from optpass.runtime.folder import neural_components
 
 SHOWN = 5
+TOWERS = ("text_model", "vision_model")
+FOREIGN = ("double_blocks", "single_blocks", "joint_blocks", "input_blocks", "middle_block", "output_blocks")
+"""Modules of the code that a model was published with, under other names and cut otherwise in diffusers."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class _Matching:
 
     def __post_init__(self) -> None:
         self.sites = sites(self.program)
-        self.names = {**ldm_names(self.sites), **{path: path for path in self.sites}}
+        self.names = {**_towers(self.sites), **ldm_names(self.sites), **{path: path for path in self.sites}}
         self.flat = _flattened(self.names)
         origin = self.program.origin
         # A component of a pipeline, or the path of a module that was captured out of its model.
@@ -103,7 +107,9 @@ class _Matching:
         if site.weight in self.weights:
             other = self.weights[site.weight].key
             return Refusal(adaptation.key, f"changes {site.weight}, and so does {other!r} of the same file")
-        shape = self.program.weights[site.weight].shape
+        shape, dtype = self.program.weights[site.weight].shape, self.program.weights[site.weight].dtype
+        if not dtype.is_floating_point:
+            return Refusal(adaptation.key, f"{site.weight} is {dtype_name(dtype)}; merge before the model is quantized")
         try:
             adaptation.check_fits(shape)
         except UserError as error:
@@ -126,7 +132,12 @@ class _Matching:
         own = sorted(name for name in self.program.weights if name.startswith(f"{module.path}."))
         if own:
             return f"{module.path} has no weight called {module.path}.weight, but {own[0]}"
-        return f"no module of the model is called {module.path}{self._nearest(module)}"
+        if module.path.startswith(FOREIGN):
+            return (
+                f"{module.path} is a name in the model's original code, and no layer here is known under it; "
+                "convert the adapter with diffusers (load_lora_weights, then save_lora_weights)"
+            )
+        return f"no layer that the model runs is called {module.path}{self._nearest(module)}"
 
     def _nearest(self, module: ModuleKey) -> str:
         known = {name: paths[0] for name, paths in self.flat.items()} if module.flat else self.names
@@ -166,6 +177,16 @@ def _components(origin: Origin) -> list[str]:
     if not origin.pipeline or origin.path is None or not (origin.path / PIPELINE_INDEX).is_file():
         return []
     return neural_components(origin.path)
+
+
+def _towers(paths: Iterable[str]) -> dict[str, str]:
+    """Paths with and without the tower's name, which transformers 5 took out of CLIP's single models."""
+    found: dict[str, str] = {}
+    for path in paths:
+        head, _, rest = path.partition(".")
+        names = (rest,) if head in TOWERS else tuple(f"{tower}.{path}" for tower in TOWERS)
+        found |= dict.fromkeys(names, path)
+    return found
 
 
 def _flattened(names: Mapping[str, str]) -> dict[str, list[str]]:

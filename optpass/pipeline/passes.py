@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import fx
@@ -59,6 +60,10 @@ class Pass(Options):
     """What a pass that ``executes`` needs beside weight values, in words ("calibration samples"); for plans."""
     heals: ClassVar[bool] = False
     """True for a pass that trains what ``retrain`` passes before it left undefined."""
+
+    def files(self) -> tuple[Path, ...]:
+        """Files beside the checkpoint that the result depends on; report and lock file hold their hashes."""
+        return ()
 
     def requires(self, program: Program) -> list[str]:
         """Why this pass cannot run on ``program``; empty when it can. Runs before the pass."""
