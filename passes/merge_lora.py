@@ -13,7 +13,7 @@ from optpass.adapters.branches import Plan, add_branches, layer_weights
 from optpass.adapters.exchangeable import Branch, merged_slot, needed_rank
 from optpass.adapters.matching import Adaptable
 from optpass.adapters.planning import Adaptations, Chosen, plan_adapters, read_adapters
-from optpass.adapters.reading import adapter_file
+from optpass.adapters.reading import adapter_files
 from optpass.adapters.sites import SUFFIX
 from optpass.ir.program import Program
 from optpass.ir.weights import Expression
@@ -66,8 +66,8 @@ class MergeLora(Pass):
 
     contract = exact(rtol=1e-5)
 
-    def reads(self) -> tuple[Path, ...]:
-        return tuple(adapter_file(path) for path, _ in self._given())
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(file for path, _ in self._given() for file in adapter_files(path)))
 
     def run(self, program: Program, context: Context) -> Program:
         chosen = read_adapters(self._given())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -16,10 +16,13 @@ from optpass.capture.configs import PIPELINE_INDEX
 from optpass.capture.diffusers_pipeline import DENOISERS
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
-from optpass.ir.weights import Shape
+from optpass.ir.weights import Expression, dtype_name
 from optpass.runtime.folder import neural_components
 
 SHOWN = 5
+TOWERS = ("text_model", "vision_model")
+FOREIGN = ("double_blocks", "single_blocks", "joint_blocks", "input_blocks", "middle_block", "output_blocks")
+"""Modules of the code that a model was published with, under other names and cut otherwise in diffusers."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,18 @@ class Matched:
 class Adaptable:
     """What adapters can change of a model, and where it belongs.
 
-    ``sites`` by the path of their module; ``shapes`` of all weights by name; ``component`` is the model's
-    name in its pipeline, whose models are ``components``, and ``module`` the path that a module captured out
-    of its model had there. ``absent`` says in a message what a module is that has no site.
+    ``sites`` by the path of their module; ``weights`` are all by name, of which shape and dtype count;
+    ``component`` is the model's name in its pipeline, whose models are ``components``, and ``module`` the path
+    that a module captured out of its model had there. ``absent`` says in a message what a module is that has
+    no site.
     """
 
     sites: Mapping[str, Site]
-    shapes: Mapping[str, Shape]
+    weights: Mapping[str, Expression]
     component: str = ""
     components: Sequence[str] = ()
     module: str = ""
-    absent: str = "no module of the model is called"
+    absent: str = "no layer that the model runs is called"
 
     @classmethod
     def of(cls, program: Program) -> Self:
@@ -61,7 +65,7 @@ class Adaptable:
         origin = program.origin
         return cls(
             sites(program),
-            {name: expression.shape for name, expression in program.weights.items()},
+            program.weights,
             component=origin.component if origin.pipeline else "",
             components=_components(origin),
             module="" if origin.pipeline else origin.component,
@@ -103,7 +107,7 @@ class _Matching:
 
     def __post_init__(self) -> None:
         paths = self.model.sites
-        self.names = {**ldm_names(paths), **{path: path for path in paths}}
+        self.names = {**_towers(paths), **ldm_names(paths), **{path: path for path in paths}}
         self.flat = _flattened(self.names)
         self.own, self.inside = self.model.component, self.model.module
         keys = [*self.adapter.modules, *(module for module, _ in self.adapter.unsupported.values())]
@@ -131,9 +135,12 @@ class _Matching:
         if site.weight in self.weights:
             other = self.weights[site.weight].key
             return Refusal(adaptation.key, f"changes {site.weight}, and so does {other!r} of the same file")
-        shape = self.model.shapes[site.weight]
+        weight = self.model.weights[site.weight]
+        if not weight.dtype.is_floating_point:
+            named = dtype_name(weight.dtype)
+            return Refusal(adaptation.key, f"{site.weight} is {named}; merge before the model is quantized")
         try:
-            adaptation.check_fits(shape)
+            adaptation.check_fits(weight.shape)
         except UserError as error:
             return Refusal(adaptation.key, f"{error} ({site.weight}); was it made for another base model?")
         self.weights[site.weight] = adaptation
@@ -151,9 +158,14 @@ class _Matching:
     def _unresolved(self, module: ModuleKey, paths: list[str]) -> str:
         if paths:
             return f"the underscores of {module.path} can be {paths[0]} or {paths[1]}"
-        own = sorted(name for name in self.model.shapes if name.startswith(f"{module.path}."))
+        own = sorted(name for name in self.model.weights if name.startswith(f"{module.path}."))
         if own:
             return f"{module.path} has no weight called {module.path}.weight, but {own[0]}"
+        if module.path.startswith(FOREIGN):
+            return (
+                f"{module.path} is a name in the model's original code, and no layer here is known under it; "
+                "convert the adapter with diffusers (load_lora_weights, then save_lora_weights)"
+            )
         return f"{self.model.absent} {module.path}{self._nearest(module)}"
 
     def _nearest(self, module: ModuleKey) -> str:
@@ -194,6 +206,16 @@ def _components(origin: Origin) -> list[str]:
     if not origin.pipeline or origin.path is None or not (origin.path / PIPELINE_INDEX).is_file():
         return []
     return neural_components(origin.path)
+
+
+def _towers(paths: Iterable[str]) -> dict[str, str]:
+    """Paths with and without the tower's name, which transformers 5 took out of CLIP's single models."""
+    found: dict[str, str] = {}
+    for path in paths:
+        head, _, rest = path.partition(".")
+        names = (rest,) if head in TOWERS else tuple(f"{tower}.{path}" for tower in TOWERS)
+        found |= dict.fromkeys(names, path)
+    return found
 
 
 def _flattened(names: Mapping[str, str]) -> dict[str, list[str]]:

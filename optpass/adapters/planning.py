@@ -9,7 +9,7 @@ from pathlib import Path
 
 from optpass.adapters.adaptation import Adaptation
 from optpass.adapters.matching import Adaptable, match_adapter
-from optpass.adapters.reading import Adapter, adapter_file, read_adapter
+from optpass.adapters.reading import Adapter, adapter_files, read_adapter
 from optpass.errors import UserError
 from optpass.ir.hashing import file_digest
 
@@ -41,7 +41,7 @@ def read_adapters(given: Sequence[tuple[Path, float]]) -> list[Chosen]:
     seen: dict[str, Path] = {}
     chosen = []
     for path, strength in given:
-        digest = file_digest(adapter_file(path))
+        digest = file_digest(adapter_files(path)[0])
         if digest in seen:
             raise UserError(f"{seen[digest]} and {path} are the same adapter; give it once")
         seen[digest] = path

@@ -6,9 +6,11 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from optpass.adapters.adaptation import Adaptation, Kind
@@ -16,17 +18,12 @@ from optpass.adapters.keys import ModuleKey, TensorKey, parse
 from optpass.adapters.settings import Settings, settings_of
 from optpass.capture.checkpoint_weights import SAFE, read_weights
 from optpass.errors import UserError, WeightError
-from optpass.ir.safetensors_io import checked
 from optpass.ir.weights import Expression
 from optpass.untrusted import read_json
 
 CONFIG = "adapter_config.json"
-FILES = (
-    "adapter_model.safetensors",
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.bin",
-    "pytorch_lora_weights.bin",
-)
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+FILES = (*PEFT_FILES, "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps the adapter's configuration in a safetensors header."""
 
@@ -60,10 +57,15 @@ class Adapter:
         """
         for adaptation in self.modules.values():
             for name, factor in _leaves(adaptation).items():
-                try:
-                    checked(adaptation.keys[name], factor)
-                except WeightError as error:
-                    raise WeightError(f"adapter {self.path.name}: {error}") from error
+                if not bool(torch.isfinite(factor.evaluate()).all()):
+                    raise WeightError(
+                        f"{self.path}: {adaptation.keys[name]!r} holds NaN or Inf; the adapter is damaged"
+                    )
+
+
+def _is_scrambled(adaptation: Adaptation) -> bool:
+    """Whether peft multiplies the kernel with the channels: its Kronecker product pads the smaller factor in front."""
+    return adaptation.kind == "lokr" and "w2" in adaptation.factors and len(adaptation.factors["w2"].shape) == 3
 
 
 def _leaves(adaptation: Adaptation) -> dict[str, Expression]:
@@ -79,8 +81,8 @@ def read_adapter(path: Path) -> Adapter:
             disagree, or an ``alpha`` is missing; names the key.
         WeightError: a file is damaged.
     """
-    file = adapter_file(path)
-    config = read_json(file.parent / CONFIG) if (file.parent / CONFIG).is_file() else None
+    file, *configs = adapter_files(path)
+    config = read_json(configs[0]) if configs else None
     settings = settings_of(config, _metadata(file), file)
     tensors = read_weights(file)
     grouped: dict[ModuleKey, dict[str, str]] = defaultdict(dict)
@@ -93,25 +95,27 @@ def read_adapter(path: Path) -> Adapter:
         _claim(grouped[found.module], found, key, file)
     notes = _check_alphas(grouped, settings, file)
     modules = {module: _adaptation(module, keys, tensors, settings, file) for module, keys in grouped.items()}
+    for module in [module for module, found in modules.items() if settings.covers(module) and _is_scrambled(found)]:
+        unsupported[modules.pop(module).key] = (module, "a LoKr of a one-dimensional convolution as peft orders it")
     if not modules:
         kinds = ", ".join(sorted({reason for _, reason in unsupported.values()}))
         raise UserError(f"{file} holds no LoRA, LoHa or LoKr: {kinds or 'it is empty'}")
     return Adapter(file, modules, unsupported, notes)
 
 
-def adapter_file(path: Path) -> Path:
-    """The weight file of an adapter given as a file or as a folder.
+def adapter_files(path: Path) -> tuple[Path, ...]:
+    """The files of an adapter given as a file or as a folder: its weights, then peft's configuration if there is one.
 
     Raises:
-        UserError: there is none.
+        UserError: there are no weights.
     """
-    if path.is_file():
-        return path
-    found = next((path / name for name in FILES if (path / name).is_file()), None)
-    if found is None:
+    file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
+    if file is None:
         what = f"none of {', '.join(FILES)} is in it" if path.is_dir() else "there is no such file or folder"
         raise UserError(f"no adapter at {path}: {what}")
-    return found
+    # A configuration is of the file that peft wrote beside it, not of others in the folder.
+    config = file.parent / CONFIG
+    return (file, config) if file.name in PEFT_FILES and config.is_file() else (file,)
 
 
 def _metadata(file: Path) -> Mapping[str, Any] | None:
@@ -258,7 +262,10 @@ def _scalar(key: str, tensors: Mapping[str, Expression], file: Path) -> float:
     expression = tensors[key]
     if expression.numel != 1:
         raise UserError(f"{file}: {key!r} is {list(expression.shape)} where a single number belongs")
-    return float(checked(key, expression).item())
+    value = float(expression.evaluate().item())
+    if not isfinite(value):
+        raise WeightError(f"{file}: {key!r} is {value}; the adapter is damaged")
+    return value
 
 
 def _is_of_inputs(magnitude: Expression | None, key: str) -> bool:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from optpass.ir.hashing import tensor_digest
 from optpass.ir.program import Program
-from optpass.ir.weights import Expression, Shape, WeightStore
+from optpass.ir.weights import Expression, Shape, WeightStore, with_operands
 
 
 def identified(program: Program) -> Program:
@@ -51,21 +50,7 @@ class Identity:
         """``expression`` over leaves that are hashed here when they are first read."""
         if _is_file_leaf(expression):
             return Watched(expression, self)
-        if not is_dataclass(expression) or not expression.operands():
-            return expression
-        operands = {
-            field.name: self._watched_operand(getattr(expression, field.name))
-            for field in fields(expression)
-            if field.init
-        }
-        return replace(expression, **operands)
-
-    def _watched_operand(self, value: Any) -> Any:
-        if isinstance(value, Expression):
-            return self.watched(value)
-        if isinstance(value, tuple):
-            return tuple(map(self._watched_operand, value))
-        return value
+        return with_operands(expression, self.watched)
 
     def saw(self, leaf: Expression, value: Tensor) -> None:
         """``leaf`` has this value."""

@@ -9,17 +9,21 @@ import torch
 from torch import Tensor
 from torch.fx.node import map_aggregate
 
+from optpass.capture.digest import Watched
 from optpass.ir.graph import Graph
 from optpass.ir.program import Program
-from optpass.ir.weights import Cast
+from optpass.ir.weights import Cast, Expression, with_operands
 
 NARROW = (torch.float16, torch.bfloat16)
+WIDE = (torch.float32, torch.float64)
 
 
-def widened(program: Program) -> Program:
+def widened(program: Program, *, unrounded: bool = False) -> Program:
     """``program`` with every float16 and bfloat16 weight, input and operator in float32; itself if it has none.
 
-    The same function with less rounding: to execute, for its casts may change nothing.
+    The same function with less rounding: to execute, for its casts may change nothing. ``unrounded`` leaves
+    out the roundings inside the weights' expressions as well: what a pass computes in float32 is rounded
+    once, and an exact contract is about what was computed.
     """
     narrow = {name: expression for name, expression in program.weights.items() if expression.dtype in NARROW}
     if not narrow and not any(
@@ -29,7 +33,23 @@ def widened(program: Program) -> Program:
     wide = program.copy()
     for graph in wide.entries.values():
         _widen(graph)
-    return replace(wide, weights=wide.weights.updated({n: Cast(e, torch.float32) for n, e in narrow.items()}))
+    if unrounded:
+        narrow = {name: _unrounded(expression) for name, expression in narrow.items()}
+    return replace(wide, weights=wide.weights.updated({name: _cast(e) for name, e in narrow.items()}))
+
+
+def _cast(expression: Expression) -> Expression:
+    return expression if expression.dtype == torch.float32 else Cast(expression, torch.float32)
+
+
+def _unrounded(expression: Expression) -> Expression:
+    """``expression`` in float32 from its leaves on."""
+    if isinstance(expression, Cast) and expression.dtype in NARROW:
+        found = _unrounded(expression.operand)
+    else:
+        # What watches a leaf for its digest must go on reading that leaf.
+        found = expression if isinstance(expression, Watched) else with_operands(expression, _unrounded)
+    return found if found.dtype in WIDE or not expression.dtype.is_floating_point else _cast(found)
 
 
 def _is_narrow(value: Any) -> bool:

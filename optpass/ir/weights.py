@@ -8,9 +8,10 @@ single tensor and not the checkpoint.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -350,6 +351,19 @@ class Product(Expression):
 
     def __str__(self) -> str:
         return f"product({self.left}, {self.right})"
+
+
+def with_operands(expression: Expression, change: Callable[[Expression], Expression]) -> Expression:
+    """``expression`` over what ``change`` makes of each of its operands; itself where it has none."""
+    if not is_dataclass(expression) or not expression.operands():
+        return expression
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Expression):
+            return change(value)
+        return tuple(map(changed, value)) if isinstance(value, tuple) else value
+
+    return replace(expression, **{f.name: changed(getattr(expression, f.name)) for f in fields(expression) if f.init})
 
 
 class WeightStore(Mapping[str, Expression]):

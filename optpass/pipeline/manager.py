@@ -7,14 +7,14 @@ callbacks on the same three events, so a new concern is a new callback and not a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from optpass.analysis.cost import Cost, measure
 from optpass.errors import ContractError, DialectError, MissingValuesError, OptpassError, UserError
 from optpass.ir.dialect import verify, verify_shapes
-from optpass.ir.hashing import text_digest
+from optpass.ir.hashing import file_digest, text_digest
 from optpass.ir.program import Program
 from optpass.ir.text import program_text
 from optpass.pipeline.passes import Context, Declined, Pass
@@ -23,7 +23,7 @@ from optpass.pipeline.recipe import Step
 
 @dataclass
 class PassRecord:
-    """What one pass did, as it stands in the report. Callbacks fill ``facts``."""
+    """What one pass did, as it stands in the report. ``files`` are hashes of what it read; callbacks fill ``facts``."""
 
     name: str
     record: Pass
@@ -33,6 +33,7 @@ class PassRecord:
     seconds: float
     before: Cost
     after: Cost
+    files: Mapping[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -48,6 +49,7 @@ class PassRecord:
             "seconds": self.seconds,
             "before": self.before.as_json(),
             "after": self.after.as_json(),
+            **({"files": dict(self.files)} if self.files else {}),
             **self.facts,
         }
 
@@ -137,6 +139,7 @@ def run_pass(program: Program, step: Step, cost: Cost | None = None) -> tuple[Pr
         seconds,
         cost,
         measure(after) if modified else cost,
+        {path.as_posix(): file_digest(path) for path in record.files()},
     )
 
 

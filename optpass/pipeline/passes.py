@@ -61,6 +61,10 @@ class Pass(Options):
     heals: ClassVar[bool] = False
     """True for a pass that trains what ``retrain`` passes before it left undefined."""
 
+    def files(self) -> tuple[Path, ...]:
+        """Files beside the checkpoint that the result depends on; report and lock file hold their hashes."""
+        return ()
+
     def requires(self, program: Program) -> list[str]:
         """Why this pass cannot run on ``program``; empty when it can. Runs before the pass."""
         return []
@@ -71,14 +75,6 @@ class Pass(Options):
 
         Report every changed site with ``context.rewrote`` and every refusal with ``context.decline``.
         """
-
-    def reads(self) -> tuple[Path, ...]:
-        """Files beside the checkpoint that the result depends on; the lock file has their hashes.
-
-        Raises:
-            UserError: one is not there.
-        """
-        return ()
 
     def reference(self, program: Program) -> Program:
         """What an ``exact`` pass's result must equal as a function: ``program`` itself, where nothing else is said.

@@ -14,7 +14,6 @@ import torch
 import yaml
 
 from optpass import __version__
-from optpass.ir.hashing import file_digest
 from optpass.jsonable import finite
 from optpass.pipeline.recipe import Recipe
 
@@ -30,19 +29,17 @@ def write_records(folder: Path, recipe: Recipe, report: Mapping[str, Any], clips
     from optpass.report.render import render_report
 
     lock = {**recipe.as_document(), "checkpoint": report["checkpoint"], "tools": tool_versions()}
-    if files := _files(recipe):
+    if files := _files(report):
         lock["files"] = files
     (folder / LOCK).write_text(yaml.safe_dump(lock, sort_keys=False, allow_unicode=True), "utf-8")
     (folder / REPORT).write_text(json.dumps(finite(report), indent=1), "utf-8")
     (folder / PAGE).write_text(render_report(report, clips=clips), "utf-8")
 
 
-def _files(recipe: Recipe) -> dict[str, str]:
-    """Hex SHA-256 of every file that a pass of the recipe reads."""
-    sections = [section for section in (recipe.components or {}).values() if section]
-    steps = [*recipe.steps, *(step for section in sections for step in section.steps)]
-    paths = [path for step in steps for path in step.record.reads()]
-    return {str(path): file_digest(path) for path in dict.fromkeys(paths)}
+def _files(report: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of every file that some pass read, of any component."""
+    parts = [report, *report.get("components", ())]
+    return {path: digest for part in parts for step in part["passes"] for path, digest in step.get("files", {}).items()}
 
 
 def tool_versions() -> dict[str, str]:

@@ -54,7 +54,7 @@ class Verification:
     def _difference(self, before: Program, after: Program, contract: Contract) -> Difference:
         # An exact pass promises more than half precision resolves.
         wide = contract.kind == "exact"
-        pair = (widened(before), widened(after)) if wide else (before, after)
+        pair = (widened(before, unrounded=True), widened(after, unrounded=True)) if wide else (before, after)
         return program_difference(*pair, seed=self.seed)
 
     def _skipped(self, event: Event) -> str:

@@ -14,7 +14,7 @@ from optpass.adapters.matching import Adaptable
 from optpass.adapters.planning import Adaptations, Chosen, plan_adapters, read_adapters
 from optpass.adapters.sites import SUFFIX, Site
 from optpass.errors import UserError
-from optpass.ir.weights import Expression, Shape
+from optpass.ir.weights import Absent, Expression, Shape
 from optpass.runtime.bundle import Manifest, PartRecord, read_manifest
 from optpass.runtime.exchange import Exchanged, exchange, slot_records
 from optpass.runtime.workfolder import WorkFolder
@@ -93,6 +93,7 @@ class _Work:
         self.components = [each.component for each in manifest.all_parts() if each.component]
         self.slots = slot_records(bundle, manifest, part).slots(bundle / part.folder)
         self.shapes = _weight_shapes(self.slots)
+        self.dtypes = {name: base.dtype for (name, _), base in self.slots.items()}
         self.adaptations: Mapping[str, Adaptations] = {}
         self.notes: list[tuple[str, str]] = []
 
@@ -122,7 +123,7 @@ class _Work:
         paths = {name.removesuffix(SUFFIX): name for name in self.shapes}
         return Adaptable(
             {path: Site(name, ()) for path, name in paths.items()},
-            self.shapes,
+            {name: Absent(name, shape, self.dtypes[name]) for name, shape in self.shapes.items()},
             component=self.part.component,
             components=self.components,
             absent="the bundle keeps no exchangeable weight of",

@@ -1,4 +1,4 @@
-"""Files that a recipe names: beside the recipe, or as given; hashed into the lock."""
+"""Files that a recipe names lie beside it, or where they are said to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from optpass.ir.hashing import file_digest
 from optpass.pipeline.recipe import load_recipe
-from optpass.pipeline.records import LOCK, write_records
 
 
 @pytest.fixture
@@ -37,9 +35,3 @@ def test_a_file_beside_the_recipe_is_found_from_anywhere(recipe: Path, monkeypat
 
 def test_what_is_not_there_stays_as_given(recipe: Path) -> None:
     assert adapter_of(recipe, overrides={"merge-lora": {"adapter": "snow.safetensors"}}) == Path("snow.safetensors")
-
-
-def test_the_lock_has_their_hashes(recipe: Path, tmp_path: Path) -> None:
-    write_records(tmp_path, load_recipe(recipe), {"checkpoint": {}}, None)
-    file = recipe.parent / "adapters" / "rain.safetensors"
-    assert yaml.safe_load((tmp_path / LOCK).read_text())["files"] == {str(file): file_digest(file)}
