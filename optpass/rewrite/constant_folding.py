@@ -60,8 +60,8 @@ def fold_constants(program: Program, entry: str) -> tuple[Program, list[Node]]:
     """Put a weight in place of every constant value of an entry that something else reads; the nodes that went.
 
     Folded is what has at most :data:`LIMIT` bytes, or no more than the weights that go with it. Not folded:
-    repetitions (their operand is), random operators, and arithmetic in half precision, which would be
-    rounded where a check in float32 does not round. Linear in the nodes.
+    repetitions (their operand is), what the graph returns, random operators, and arithmetic in half precision,
+    which would be rounded where a check in float32 does not round. Linear in the nodes.
     """
     graph = program.entries[entry]
     known = _Constants(program, graph).known
@@ -83,7 +83,13 @@ def _results(graph: Graph, known: dict[Node, Known]) -> list[Node]:
     for node in reversed(list(graph.fx.nodes)):
         if node not in known or all(user in known and user not in kept for user in node.users):
             continue
-        if node.op == "call_function" and isinstance(node.meta["val"], Tensor) and node.target not in CHEAP:
+        is_output = graph.output_node in node.users
+        if (
+            node.op == "call_function"
+            and isinstance(node.meta["val"], Tensor)
+            and node.target not in CHEAP
+            and not is_output
+        ):
             found.append(node)
         else:
             kept.add(node)
