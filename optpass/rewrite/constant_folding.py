@@ -23,6 +23,7 @@ from optpass.ir.computed import Computed
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
 from optpass.ir.sizes import is_size, sizes_of
+from optpass.ir.slots import has_slot
 from optpass.ir.weights import Cast, Constant, Expression, Permute, Reshape
 from optpass.rewrite.common_subexpressions import is_deterministic
 from optpass.rewrite.naming import WeightNames
@@ -133,8 +134,11 @@ class _Constants:
             return Known(self._run(node), None, owned, 1)
         return Known(None, self._expression(node), owned, steps)
 
-    def _weight(self, node: Node) -> Known:
+    def _weight(self, node: Node) -> Known | None:
         expression = self.weights[str(node.target)]
+        if has_slot(expression):
+            # What can be exchanged after the build is no constant.
+            return None
         owned = expression.nbytes if self.reads[str(node.target)] == 1 else 0
         values = expression.value if isinstance(expression, Constant) and expression.computed else None
         return Known(values, expression, owned, 0)

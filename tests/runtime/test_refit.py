@@ -21,6 +21,7 @@ from optpass.passes.merge_lora import MergeLora
 from optpass.pipeline.apply import apply
 from optpass.pipeline.passes import Context
 from optpass.pipeline.recipe import Recipe, Step
+from optpass.pipeline.registry import pass_class
 from optpass.pipeline.request import Request
 from optpass.runtime.loading import load
 from optpass.runtime.refit import refit
@@ -225,3 +226,13 @@ def test_the_command(model: tuple[str, Path], tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "no adapter; 3 tensors" in " ".join(done.stdout.split())
     assert isinstance(CliRunner().invoke(app, ["refit", str(bundle)]).exception, (UserError, SystemExit))
+
+
+@pytest.mark.parametrize("mode", ["refit", "keep"])
+def test_slots_go_through_every_pass_behind_them(mode: str, model: tuple[str, Path], tmp_path: Path) -> None:
+    first, second = adapter(tmp_path / "first", 1), adapter(tmp_path / "second", 2)
+    behind = [Step(name, pass_class(name)()) for name in ("reparameterize", "fuse-projections", "simplify")]
+    bundle = build(model, tmp_path / "a", [merging(first, mode=mode), *behind])
+    other = build(model, tmp_path / "b", [merging(second, mode=mode), *behind])
+    refit(bundle, [(second, 1.0)])
+    assert engine(bundle) == engine(other)
