@@ -109,8 +109,14 @@ class MergeLora(Pass):
 def _report(adapter: Adapter, found: Matched, context: Context) -> None:
     for note in adapter.notes:
         context.decline(adapter.path.name, note)
+    elsewhere: dict[str, list[str]] = defaultdict(list)
     for refusal in found.refused:
-        context.decline(refusal.key, refusal.reason)
+        if refusal.harmless:
+            elsewhere[refusal.reason].append(refusal.key)
+        else:
+            context.decline(refusal.key, refusal.reason)
+    for reason, keys in elsewhere.items():
+        context.decline(keys[0], f"{reason} ({len(keys)} module{'s' * (len(keys) > 1)})")
 
 
 def _is_merged(adaptation: Adaptation, weight: Expression) -> bool:

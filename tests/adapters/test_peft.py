@@ -101,9 +101,7 @@ def test_a_grouped_convolution_takes_no_lora_of_peft(layers, merge, tmp_path):
 
     with pytest.warns(UserWarning, match="Merging is not supported"):
         get_peft_model(Layers(), LoraConfig(r=4, target_modules=["grouped"])).save_pretrained(tmp_path)
-    with pytest.raises(
-        UserError, match=r"grouped.*disagree about the rank; a branch around a grouped convolution"
-    ):
+    with pytest.raises(UserError, match=r"grouped.*disagree about the rank; a branch around a grouped convolution"):
         merge(layers, tmp_path)
 
 
