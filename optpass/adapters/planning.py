@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optpass.adapters.adaptation import Adaptation
-from optpass.adapters.matching import Adaptable, match_adapter
+from optpass.adapters.matching import Adaptable, Matched, match_adapter
 from optpass.adapters.reading import Adapter, adapter_files, read_adapter
 from optpass.errors import UserError
 from optpass.ir.hashing import file_digest
@@ -62,15 +62,26 @@ def plan_adapters(
     plan: dict[str, list[tuple[Adaptation, float]]] = defaultdict(list)
     for item in chosen:
         found = match_adapter(item.adapter, model, strict=strict)
-        for text in item.adapter.notes:
-            note(item.adapter.path.name, text)
-        for refusal in found.refused:
-            note(refusal.key, refusal.reason)
+        _tell(item.adapter, found, note)
         for name, adaptation in found.weights.items():
             plan[name].append((adaptation, item.strength))
     for name, adaptations in plan.items():
         _refuse_conflict(name, [adaptation for adaptation, _ in adaptations])
     return dict(plan)
+
+
+def _tell(adapter: Adapter, found: Matched, note: Note) -> None:
+    """Another component's keys by their first one: there are hundreds."""
+    for text in adapter.notes:
+        note(adapter.path.name, text)
+    elsewhere: dict[str, list[str]] = defaultdict(list)
+    for refusal in found.refused:
+        if refusal.harmless:
+            elsewhere[refusal.reason].append(refusal.key)
+        else:
+            note(refusal.key, refusal.reason)
+    for reason, keys in elsewhere.items():
+        note(keys[0], f"{reason} ({len(keys)} module{'s' * (len(keys) > 1)})")
 
 
 def _refuse_conflict(name: str, adaptations: Sequence[Adaptation]) -> None:
