@@ -90,14 +90,14 @@ class NewWeights:
     store: dict[str, Expression]
     wishes: dict[str, str] = field(default_factory=dict)
 
-    def put(self, wish: str, value: Expression) -> str:
-        """A provisional name for ``value``; one that is known under the same wish is shared, between entries say."""
+    def put(self, module: str, role: str, value: Expression) -> str:
+        """A provisional name for ``value``, the ``role`` of a layer in ``module``; equal values share one."""
         count = 0
-        while (name := f"{wish}.merged{count or ''}") in self.store:
+        while (name := f"{module}.merged_{role}{count or ''}") in self.store:
             if self.store[name] == value:
                 return name
             count += 1
-        self.store[name], self.wishes[name] = value, wish
+        self.store[name], self.wishes[name] = value, f"{module}.{role}"
         return name
 
     def settled(self, program: Program) -> Program:
@@ -135,10 +135,10 @@ class _Collapse:
         operand = self._bare(form.root.node) if isinstance(form.root, Bare) else form.root
         operand = self.result.get(operand, operand)
         owner = _owner(node, form, self.forms)
-        base = _weights_of(owner)
+        module = _module_of(owner)
 
         def store(role: str, value: Expression) -> Node:
-            return self.graph.weight(self.weights.put(f"{base}.{role}", value), value, like=owner)
+            return self.graph.weight(self.weights.put(module, role, value), value, like=owner)
 
         with self.graph.before(node):
             made = emit(self.graph, operand, form.map, like=owner, store=store)
@@ -167,7 +167,7 @@ def _owner(node: Node, form: Form, forms: Forms) -> Node:
     return max(sorted(seen), key=lambda item: price_of(item, forms))
 
 
-def _weights_of(node: Node) -> str:
+def _module_of(node: Node) -> str:
     """Where the weights of ``node`` lie: the module that holds the one it reads first, else its own."""
     stored = next((str(item.target) for item in node.all_input_nodes if item.op == "get_attr"), "")
     return stored.rpartition(".")[0] or str(node.meta.get(PATH) or node.name)

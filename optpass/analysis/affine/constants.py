@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from optpass.analysis.affine.expressions import transposed
 from optpass.analysis.operators import argument, aten
 from optpass.ir.graph import shape_of
 from optpass.ir.weights import Cast, Expression, Permute, Reshape, accumulation_dtype
@@ -52,7 +53,7 @@ def _transposed(node: Node, source: Expression) -> Expression:
         order[first], order[second] = order[second], order[first]
     else:
         order.reverse()
-    return Permute(source, tuple(order))
+    return transposed(source) if order == [1, 0] else Permute(source, tuple(order))
 
 
 def _permuted(node: Node, source: Expression) -> Expression:
