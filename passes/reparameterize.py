@@ -72,7 +72,7 @@ class Reparameterize(Pass):
                 cover = cheapest_cover(graph, forms)
                 if not cover.chosen:
                     break
-                for node in _Collapse(graph, forms, cover, weights).run():
+                for node in _Collapse(entry, graph, forms, cover, weights).run():
                     context.rewrote(node, entry)
             for node, reason in _reasons(graph, forms, cover):
                 context.decline(node, reason, entry)
@@ -89,15 +89,16 @@ class NewWeights:
 
     store: dict[str, Expression]
     wishes: dict[str, str] = field(default_factory=dict)
+    entries: dict[str, str] = field(default_factory=dict)
 
-    def put(self, wish: str, value: Expression) -> str:
-        """A provisional name for ``value``; one that is known under the same wish is shared, between entries say."""
+    def put(self, entry: str, module: str, role: str, value: Expression) -> str:
+        """A provisional name for ``value``, the ``role`` of a layer in ``module``; entries share what is equal."""
         count = 0
-        while (name := f"{wish}.merged{count or ''}") in self.store:
-            if self.store[name] == value:
+        while (name := f"{module}.merged_{role}{count or ''}") in self.store:
+            if self.entries.get(name, entry) != entry and self.store[name] == value:
                 return name
             count += 1
-        self.store[name], self.wishes[name] = value, wish
+        self.store[name], self.wishes[name], self.entries[name] = value, f"{module}.{role}", entry
         return name
 
     def settled(self, program: Program) -> Program:
@@ -118,27 +119,27 @@ class NewWeights:
 class _Collapse:
     """Puts the chosen forms of one graph in place; the nodes that were replaced are erased."""
 
-    def __init__(self, graph: Graph, forms: Forms, cover: Cover, weights: NewWeights) -> None:
-        self.graph, self.forms, self.cover, self.weights = graph, forms, cover, weights
+    def __init__(self, entry: str, graph: Graph, forms: Forms, cover: Cover, weights: NewWeights) -> None:
+        self.entry, self.graph, self.forms, self.cover, self.weights = entry, graph, forms, cover, weights
         self.bare: dict[Node, Node] = {}
         self.result: dict[Node, Node] = {}
 
     def run(self) -> list[Node]:
-        """The new nodes' predecessors, by which sites are told."""
+        """The nodes that were replaced, by which sites are told."""
         for node, form in self.cover.chosen.items():
             self._replace(node, form)
-        replaced = list(self.cover.chosen)
         self.graph.remove_dead_code()
-        return replaced
+        return list(self.cover.chosen)
 
     def _replace(self, node: Node, form: Form) -> None:
         operand = self._bare(form.root.node) if isinstance(form.root, Bare) else form.root
         operand = self.result.get(operand, operand)
         owner = _owner(node, form, self.forms)
-        base = _weights_of(owner)
+        module = _module_of(owner)
 
         def store(role: str, value: Expression) -> Node:
-            return self.graph.weight(self.weights.put(f"{base}.{role}", value), value, like=owner)
+            name = self.weights.put(self.entry, module, role, value)
+            return self.graph.weight(name, value, like=owner)
 
         with self.graph.before(node):
             made = emit(self.graph, operand, form.map, like=owner, store=store)
@@ -167,7 +168,7 @@ def _owner(node: Node, form: Form, forms: Forms) -> Node:
     return max(sorted(seen), key=lambda item: price_of(item, forms))
 
 
-def _weights_of(node: Node) -> str:
+def _module_of(node: Node) -> str:
     """Where the weights of ``node`` lie: the module that holds the one it reads first, else its own."""
     stored = next((str(item.target) for item in node.all_input_nodes if item.op == "get_attr"), "")
     return stored.rpartition(".")[0] or str(node.meta.get(PATH) or node.name)

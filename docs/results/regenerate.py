@@ -21,6 +21,7 @@ from models_table import FAMILIES, models
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
 
+from reparameterized import reparameterized  # noqa: E402 - found on the path above
 from watched import watch  # noqa: E402 - found on the path above
 
 RESULTS = Path(__file__).parent
@@ -134,6 +135,7 @@ def main(names: Sequence[str]) -> None:
         "published-counts": published_counts,
         "moving-digits": moving_digits,
         "adapters": partial(adapters, optpass),
+        "reparameterize": reparameterized,
         "models": partial(models, optpass, table),
     }
     parts = {f"models-{family}": partial(models, optpass, table, (family,)) for family in FAMILIES}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from optpass.adapters.branches import add_branches
-from optpass.adapters.matching import match_adapter
+from optpass.adapters.matching import Adaptable, match_adapter
 from optpass.adapters.reading import read_adapter
 from optpass.evaluate.difference import outputs_difference, program_difference, program_runner
 from optpass.ir.dialect import verify, verify_shapes
@@ -28,7 +28,8 @@ class Pair(nn.Module):
 
 
 def branched(program, folder, strength=1.0):
-    plan = {name: [(found, strength)] for name, found in match_adapter(read_adapter(folder), program).weights.items()}
+    matched = match_adapter(read_adapter(folder), Adaptable.of(program))
+    plan = {name: [(found, strength)] for name, found in matched.weights.items()}
     after = add_branches(program.copy(), plan)
     verify(after)
     verify_shapes(after)

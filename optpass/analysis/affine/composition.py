@@ -30,16 +30,13 @@ def compose(outer: Map, inner: Map) -> Map:
         return _transposed(outer, inner)
     _check_borders(outer, inner)
     weight, groups = _composed_weight(outer, inner)
-    wide = [k > 1 for k in inner.kernel]
     return Affine(
         weight,
         added(None if inner.bias is None else _through(outer, inner.bias), outer.bias),
         groups,
         tuple(o * i for o, i in zip(outer.stride, inner.stride, strict=True)),
         tuple(i + s * o for o, i, s in zip(outer.padding, inner.padding, inner.stride, strict=True)),
-        tuple(
-            di if w else do * s for di, do, s, w in zip(inner.dilation, outer.dilation, inner.stride, wide, strict=True)
-        ),
+        _composed_dilation(outer, inner),
     )
 
 
@@ -67,6 +64,12 @@ def _transposed(outer: Affine | Transposed, inner: Affine | Transposed) -> Map:
         scale = reshaped(inner.weight, (inner.outputs,))
         return replace(outer, weight=Einsum(f"io{axes},i->io{axes}", (outer.weight, scale)))
     raise NotExactError("with a transposed convolution only a scale per channel, and a shift behind it, becomes one")
+
+
+def _composed_dilation(outer: Affine, inner: Affine) -> Shape:
+    """The inner kernel's, or the outer one's in steps of the inner stride; 1 where neither is wide."""
+    axes = zip(outer.kernel, inner.kernel, outer.dilation, inner.dilation, inner.stride, strict=True)
+    return tuple(di if ki > 1 else do * stride if ko > 1 else 1 for ko, ki, do, di, stride in axes)
 
 
 def _check_borders(outer: Affine, inner: Affine) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from optpass.analysis.affine.expressions import transposed
 from optpass.analysis.operators import argument, aten
 from optpass.ir.graph import shape_of
 from optpass.ir.weights import Cast, Expression, Permute, Reshape, accumulation_dtype
+
+NESTING = 100
+"""Levels of a weight's expression beyond which it is taken as it is: Python evaluates and prints them by recursion."""
 
 
 @dataclass
@@ -35,7 +39,7 @@ class Constants:
     def _find(self, node: Node) -> Expression | None:
         if node.op == "get_attr":
             leaf = self.weights[str(node.target)]
-            if leaf.dtype.is_complex:
+            if leaf.dtype.is_complex or _is_deeper(leaf, NESTING):
                 return None
             wide = accumulation_dtype(leaf.dtype) if leaf.dtype.is_floating_point else torch.float32
             return leaf if wide == leaf.dtype else Cast(leaf, wide)
@@ -45,6 +49,17 @@ class Constants:
         return None if source is None else REARRANGED[node.target](node, source)
 
 
+def _is_deeper(expression: Expression, limit: int) -> bool:
+    """Whether more than ``limit`` expressions lie within one another."""
+    level: Sequence[Expression] = (expression,)
+    for _ in range(limit):
+        # One that occurs twice on a level is followed once.
+        level = list({id(item): item for outer in level for item in outer.operands()}.values())
+        if not level:
+            return False
+    return True
+
+
 def _transposed(node: Node, source: Expression) -> Expression:
     order = list(range(len(source.shape)))
     if node.target is aten.transpose.int:
@@ -52,7 +67,7 @@ def _transposed(node: Node, source: Expression) -> Expression:
         order[first], order[second] = order[second], order[first]
     else:
         order.reverse()
-    return Permute(source, tuple(order))
+    return transposed(source) if order == [1, 0] else Permute(source, tuple(order))
 
 
 def _permuted(node: Node, source: Expression) -> Expression:

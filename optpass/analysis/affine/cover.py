@@ -186,11 +186,18 @@ class _Mapper:
                 cover.chosen[value] = chosen.form
             farthest = self.options[value][-1]
             if farthest is not chosen and farthest.form is not None and farthest.form.depth > 1:
-                self._release(chosen)
-                prices = self._prices(value)
-                self._acquire(chosen)
-                cover.left.append(Costlier(value, farthest.form, prices[-1], prices[self.choice[value]]))
+                cover.left.append(self._compared(value, farthest, farthest.form))
         return cover
+
+    def _compared(self, node: Node, option: Option, form: Form) -> Costlier:
+        """What ``option`` costs and what the present choice does, its root being there for both."""
+        chosen, root = self._chosen(node), Option(FREE, option.reads)
+        self._release(chosen)
+        self._acquire(root)
+        prices = self._prices(node)
+        self._release(root)
+        self._acquire(chosen)
+        return Costlier(node, form, prices[self.options[node].index(option)], prices[self.choice[node]])
 
 
 def _best(prices: Sequence[Price]) -> int:

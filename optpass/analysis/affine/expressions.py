@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import reduce
 
 from optpass.ir.algebra import Einsum, Full
-from optpass.ir.weights import Expression, Reshape, Scale, Shape, Sum
+from optpass.ir.weights import Expression, Permute, Reshape, Scale, Shape, Sum
 
 
 def reshaped(expression: Expression, shape: Shape) -> Expression:
@@ -17,6 +17,11 @@ def reshaped(expression: Expression, shape: Shape) -> Expression:
     if isinstance(expression, Reshape):
         return reshaped(expression.operand, shape)
     return Reshape(expression, shape)
+
+
+def transposed(matrix: Expression) -> Expression:
+    """A matrix with rows and columns exchanged; twice is not at all."""
+    return matrix.operand if isinstance(matrix, Permute) and matrix.dims == (1, 0) else Permute(matrix, (1, 0))
 
 
 def is_ones(expression: Expression) -> bool:

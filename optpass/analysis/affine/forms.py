@@ -17,7 +17,7 @@ from optpass.ir.algebra import Full
 from optpass.ir.graph import Graph, value_of
 from optpass.ir.weights import Expression, accumulation_dtype
 
-LIMIT, DEPTH = 16, 64
+LIMIT, DEPTH = 16, 128
 """Forms of one node, and steps to the farthest. Beyond them a new region begins, which bounds the work per node."""
 
 

@@ -11,12 +11,12 @@ import torch
 from torch.fx import Node
 
 from optpass.analysis.affine.constants import Constants
-from optpass.analysis.affine.expressions import added, reshaped
+from optpass.analysis.affine.expressions import added, reshaped, transposed
 from optpass.analysis.affine.maps import Affine, Map, Transposed, Uniform, channelwise
 from optpass.analysis.operators import argument, aten
 from optpass.ir.algebra import Einsum, Full, Power
 from optpass.ir.graph import shape_of, value_of
-from optpass.ir.weights import Expression, Permute, Scale, accumulation_dtype
+from optpass.ir.weights import Expression, Scale, accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def _matmul(node: Node, constants: Constants) -> Step | None:
     weight = constants(right)
     if weight is None or constants(left) is not None or len(weight.shape) != 2:
         return None
-    return _dense(left, Permute(weight, (1, 0)), None, constants)
+    return _dense(left, transposed(weight), None, constants)
 
 
 def _addmm(node: Node, constants: Constants) -> Step | None:
     weight = constants(argument(node, "mat2"))
     if weight is None or argument(node, "alpha") != 1 or argument(node, "beta") != 1:
         return None
-    return _dense(argument(node, "mat1"), Permute(weight, (1, 0)), argument(node, "self"), constants)
+    return _dense(argument(node, "mat1"), transposed(weight), argument(node, "self"), constants)
 
 
 def _convolution(node: Node, constants: Constants) -> Step | None:
