@@ -8,37 +8,17 @@ from typing import Any
 from torch.fx import Node
 
 from optpass.analysis.operators import argument, aten
+from optpass.analysis.permutations import composed, permutation_of
 from optpass.analysis.pieces import Piece, cat_dim, piece_of
 from optpass.ir.graph import Graph, shape_of
 from optpass.ir.weights import Shape
 from optpass.rewrite.pattern import Match
 from optpass.rewrite.rules import Rule, layout
 
-PERMUTATIONS = frozenset(
-    {aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default}
-)
 RESHAPES = frozenset(
     {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 )
 """Operators that keep the values in their order and change the shape."""
-
-
-def permutation_of(node: Any) -> tuple[int, ...] | None:
-    """The order in which a permutation's result has its operand's dimensions; ``None`` for other operators."""
-    if not isinstance(node, Node) or node.target not in PERMUTATIONS:
-        return None
-    rank = len(shape_of(node))
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        dims: Any = argument(node, "dims")
-        return tuple(int(dim) % rank for dim in dims)
-    if node.target is aten.numpy_T.default:
-        return tuple(reversed(order))
-    if rank < 2:
-        return tuple(order)
-    pair = (argument(node, "dim0"), argument(node, "dim1")) if node.target is aten.transpose.int else (-2, -1)
-    order[pair[0]], order[pair[1]] = order[pair[1]], order[pair[0]]
-    return tuple(order)
 
 
 def permuted(graph: Graph, node: Node, order: tuple[int, ...], like: Node) -> Node:
@@ -46,11 +26,6 @@ def permuted(graph: Graph, node: Node, order: tuple[int, ...], like: Node) -> No
     if order == tuple(range(len(order))):
         return node
     return graph.call(aten.permute.default, node, list(order), like=like)
-
-
-def composed(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
-    """The order that ``first`` and then ``second`` come to."""
-    return tuple(first[dim] for dim in second)
 
 
 def spelled(shape: Shape) -> list[int] | None:
