@@ -40,8 +40,8 @@ def clips(bundle: Path | None) -> Tensor:
 def test_every_layer_of_the_adapter_is_a_site():
     program = capture(str(DIGITS), structure_only=True)
     _, record = run_pass(program, Step("merge-lora", MergeLora(adapter=FALLING)))
-    assert len(record.sites) == SITES
-    assert {item.reason for item in record.declined} <= set()
+    assert len(record.sites) == 185
+    assert not record.declined
 
 
 @pytest.mark.slow
