@@ -57,13 +57,13 @@ def step(adapter, **options) -> Step:
 
 
 def test_golden(layers, tmp_path):
-    """The graph stays; one weight becomes a sum over lazy leaves."""
+    """The graph stays; one weight becomes an update over lazy leaves."""
     after, record = run_pass(layers, step(lora(tmp_path / "rain.safetensors", Q), scale=0.5))
     before, found = program_text(layers).splitlines(), program_text(after).splitlines()
     [(was, now)] = [pair for pair in zip(before, found, strict=True) if pair[0] != pair[1]]
     leaf = was.removeprefix("  @block.to_q.weight = ").removesuffix(" : f32[12, 8]")
     down, up = (f"rain.safetensors[block.to_q.lora_{side}.weight]" for side in "AB")
-    assert now == f"  @block.to_q.weight = sum({leaf}, einsum(or,ri->oi, scale({up}, 0.5), {down})) : f32[12, 8]"
+    assert now == f"  @block.to_q.weight = update({leaf}, scale({up}, 0.5), {down}) : f32[12, 8]"
     assert record.sites == ("block.to_q",)
     assert record.before.totals == record.after.totals
     rain = tmp_path / "rain.safetensors"
