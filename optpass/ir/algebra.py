@@ -8,6 +8,7 @@ over ``Cast(leaf, torch.float32)`` with one ``Cast`` back around it, so that it 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -56,6 +57,48 @@ class Einsum(Expression):
 
     def __str__(self) -> str:
         return f"einsum({self.equation}, {', '.join(map(str, self.factors))})"
+
+
+@dataclass(frozen=True)
+class Update(Expression):
+    """``base + left @ right``, where ``base`` [m, n…] is seen as a matrix [m, n]; in one buffer of ``base``'s size.
+
+    The sum of a product would hold three: of what evaluates a checkpoint's largest matrices, that is the peak.
+    """
+
+    base: Expression
+    left: Expression
+    right: Expression
+
+    def __post_init__(self) -> None:
+        shape, left, right = self.base.shape, self.left.shape, self.right.shape
+        fits = len(shape) > 1 and len(left) == len(right) == 2 and left[1] == right[0]
+        if not fits or (left[0], right[1]) != (shape[0], prod(shape[1:])):
+            raise ValueError(f"cannot add the product of {list(left)} and {list(right)} to {list(shape)}")
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.base.dtype
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return self.base.shape
+
+    def evaluate(self) -> Tensor:
+        wide = accumulation_dtype(self.dtype)
+        stored = self.base.evaluate()
+        buffer = stored.to(wide)
+        factors = self.left.evaluate().to(wide), self.right.evaluate().to(wide)
+        matrix = buffer.reshape(self.shape[0], -1)
+        # What needed no cast may be the file's own memory.
+        result = torch.addmm(matrix, *factors) if buffer is stored else matrix.addmm_(*factors)
+        return result.reshape(self.shape).to(self.dtype)
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.base, self.left, self.right)
+
+    def __str__(self) -> str:
+        return f"update({self.base}, {self.left}, {self.right})"
 
 
 @dataclass(frozen=True)
