@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -23,6 +24,7 @@ from optpass.pipeline.contract import exact
 from optpass.pipeline.passes import Context, Pass
 from optpass.report.units import macs
 from optpass.rewrite.affine import emit, emit_bare
+from optpass.rewrite.naming import WeightNames
 from optpass.rewrite.rules import layout
 
 aten = torch.ops.aten
@@ -42,10 +44,11 @@ class Reparameterize(Pass):
     normalisation's scale and shift into the layers that read it, layer scales into what they scale.
 
     Leaves alone, with the reason: what would cost more (a depthwise convolution followed by a pointwise one, the two
-    halves of a low-rank pair); what has readers that need it anyway; a padded kernel over a value to which a constant
-    was added, whose border would differ, and over another kernel; branches with different strides or centres;
-    products with a factor that depends on the input. It does not look through reshapes and transpositions of
-    activations, and evaluates nothing: weights become expressions.
+    halves of a low-rank pair); what has readers that need it anyway, weights included (a tied embedding); weights that
+    can be exchanged after the build; a padded kernel over a value to which a constant was added, whose border would
+    differ, and over another kernel; branches with different strides or centres; products with a factor that depends
+    on the input. It does not look through reshapes and transpositions of activations, and evaluates nothing: weights
+    become expressions.
 
     Source: Ioffe and Szegedy, arXiv 1502.03167 (BatchNorm in inference); RepVGG, arXiv 2101.03697, section 3.3;
     MobileOne, arXiv 2206.04040, section 3.2; ZeroI2V, arXiv 2310.01324, section 3.3.
@@ -64,7 +67,7 @@ class Reparameterize(Pass):
         ]
 
     def run(self, program: Program, context: Context) -> Program:
-        weights = NewWeights(dict(program.weights))
+        weights = NewWeights(program)
         for entry, graph in program.entries.items():
             # What a round leaves can lie in regions that were cut for their length.
             while True:
@@ -83,37 +86,51 @@ class Reparameterize(Pass):
         return not self.match or any(fnmatchcase(path, pattern) for pattern in self.match)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Made:
+    """What a new weight is: the ``role`` (``weight``, ``bias``) of the layer ``module`` in ``entry``."""
+
+    entry: str
+    module: str
+    role: str
+
+    @property
+    def wish(self) -> str:
+        return ".".join(filter(None, (self.module, self.role)))
+
+
 class NewWeights:
-    """Weights under provisional names, and those that they should have once their former readers are gone."""
+    """Weights under provisional names, until it is known whose readers are gone and whose names are free."""
 
-    store: dict[str, Expression]
-    wishes: dict[str, str] = field(default_factory=dict)
-    entries: dict[str, str] = field(default_factory=dict)
+    def __init__(self, program: Program) -> None:
+        self.store = dict(program.weights)
+        self.names = WeightNames(program)
+        self.made: dict[str, Made] = {}
+        self.of_layer: dict[str, list[str]] = defaultdict(list)
 
-    def put(self, entry: str, module: str, role: str, value: Expression) -> str:
-        """A provisional name for ``value``, the ``role`` of a layer in ``module``; entries share what is equal."""
-        count = 0
-        while (name := f"{module}.merged_{role}{count or ''}") in self.store:
-            if self.entries.get(name, entry) != entry and self.store[name] == value:
+    def put(self, made: Made, value: Expression) -> str:
+        """A provisional name for ``value``; entries share what is equal."""
+        for name in self.of_layer[made.wish]:
+            if self.made[name].entry != made.entry and self.store[name] == value:
                 return name
-            count += 1
-        self.store[name], self.wishes[name], self.entries[name] = value, f"{module}.{role}", entry
+        name = self.names.fresh(made.module, f"merged_{made.role}")
+        self.store[name], self.made[name] = value, made
+        self.of_layer[made.wish].append(name)
         return name
 
     def settled(self, program: Program) -> Program:
-        """``program`` with these weights, each under its wish where nothing reads that name any more."""
+        """``program`` with these weights, each under the name of the layer's own where nothing reads that any more."""
         reads = [node for graph in program.entries.values() for node in graph.fx.nodes if node.op == "get_attr"]
         taken = {str(node.target) for node in reads}
         final: dict[str, str] = {}
-        for name, wish in self.wishes.items():
-            if name in taken and wish not in taken:
-                final[name] = wish
-                taken.add(wish)
-                self.store[wish] = self.store.pop(name)
+        for name, made in self.made.items():
+            if name in taken and made.wish not in taken:
+                final[name] = made.wish
+                taken.add(made.wish)
+                self.store[made.wish] = self.store.pop(name)
         for node in reads:
             node.target = final.get(str(node.target), node.target)
-        return Program(program.entries, WeightStore(self.store), program.origin, program.loop, program.ranges).pruned()
+        return replace(program, weights=WeightStore(self.store)).pruned()
 
 
 class _Collapse:
@@ -138,7 +155,7 @@ class _Collapse:
         module = _module_of(owner)
 
         def store(role: str, value: Expression) -> Node:
-            name = self.weights.put(self.entry, module, role, value)
+            name = self.weights.put(Made(self.entry, module, role), value)
             return self.graph.weight(name, value, like=owner)
 
         with self.graph.before(node):
@@ -171,7 +188,7 @@ def _owner(node: Node, form: Form, forms: Forms) -> Node:
 def _module_of(node: Node) -> str:
     """Where the weights of ``node`` lie: the module that holds the one it reads first, else its own."""
     stored = next((str(item.target) for item in node.all_input_nodes if item.op == "get_attr"), "")
-    return stored.rpartition(".")[0] or str(node.meta.get(PATH) or node.name)
+    return stored.rpartition(".")[0] if stored else str(node.meta.get(PATH, ""))
 
 
 def _reasons(graph: Graph, forms: Forms, cover: Cover) -> Iterator[tuple[Node, str]]:
@@ -180,6 +197,9 @@ def _reasons(graph: Graph, forms: Forms, cover: Cover) -> Iterator[tuple[Node, s
         yield refusal.node, refusal.reason
     for left in cover.left:
         yield left.node, _why_left(left)
+    for weight in forms.constants.exchangeable:
+        for node in weight.users:
+            yield node, f"@{weight.target} can be exchanged after the build"
     for node in graph.calls:
         if gate := _gate(node, forms):
             yield node, f"the factor %{gate.name} depends on the input: what is linear before and after stays apart"

@@ -12,11 +12,13 @@ from torch.nn import functional
 from optpass.capture.sources import capture
 from optpass.evaluate.difference import program_difference
 from optpass.ir.graph import shape_of
+from optpass.ir.slots import Slot
 from optpass.ir.text import graph_text, operator_name
 from optpass.ir.weights import Constant
 from optpass.passes.reparameterize import Reparameterize
-from optpass.pipeline.manager import run_pass
+from optpass.pipeline.manager import run_pass, run_passes
 from optpass.pipeline.recipe import Step
+from optpass.pipeline.verification import Verification
 from optpass.testing import randomised
 
 STEP = Step("reparameterize", Reparameterize())
@@ -315,15 +317,49 @@ def test_half_precision_is_folded_wide_and_rounded_once(capture_module, dtype):
     assert int((found != expected.to(dtype)).sum()) <= 0.01 * found.numel()
     torch.testing.assert_close(found.float(), expected, rtol=torch.finfo(dtype).eps, atol=0)
     assert {node.meta["val"].dtype for node in after.entries["full"].calls} == {dtype}
+    _, [record] = run_passes(program, [STEP], [Verification("always")])
+    assert record.facts["verified"].startswith("held")
 
 
 def test_a_weight_that_others_read_keeps_its_name(capture_module):
-    """The kernel is read by two convolutions, of which only one has a BatchNorm."""
-    layers = {"c": conv(6, 6, 3, padding=1), "n": lambda: nn.BatchNorm2d(6)}
-    build = of(lambda m, x: (torch.relu(m.n(m.c(x))), m.c(x + 1)), **layers)
-    program, _ = capture_module(build, x=IMAGE)
-    after, _ = reparameterized(program)
-    assert set(after.weights) == {"c.weight", "c.bias", "c.merged_weight", "c.merged_bias"}
+    """Of two layers that share a weight, one is followed by a narrower layer, and one is not."""
+    build = of(lambda m, x: (m.b(m.a(x)), m.a(torch.relu(x))), a=linear(6, 8), b=linear(8, 2))
+    program, _ = capture_module(build, x=TOKENS)
+    after, record = reparameterized(program)
+    assert record.sites == ("b",)
+    assert set(after.weights) == {"a.weight", "a.bias", "a.merged_weight", "a.merged_bias"}
+
+
+def test_a_tied_embedding_is_not_copied_for_a_norm(capture_module):
+    build = of(
+        lambda m, x: functional.linear(m.n(m.e(x)), m.e.weight),
+        e=lambda: nn.Embedding(20, 6),
+        n=lambda: nn.LayerNorm(6),
+    )
+    program, _ = capture_module(build, x=torch.zeros(2, 5, dtype=torch.long))
+    _, record = reparameterized(program)
+    assert not record.modified
+    assert reasons(record) == [
+        "one linear layer 6→20 on %layer_norm without its scale and shift would hold 140 weight elements,"
+        " what it replaces holds 72"
+    ]
+
+
+def test_weights_that_can_be_exchanged_stay_where_they_are(capture_module):
+    """An adapter beside a layer, as merge-lora keeps it, is a low-rank pair that would go into the layer."""
+    build = of(lambda m, x: m.a(x) + m.up(m.down(x)), a=linear(6, 6), down=linear(6, 2), up=linear(2, 6))
+    program, _ = capture_module(build, x=TOKENS)
+    assert len(reparameterized(program)[1].sites) == 1
+    slots = {
+        f"{name}.weight": Slot("a.weight", name, value, value, "style")
+        for name in ("down", "up")
+        for value in [program.weights[f"{name}.weight"]]
+    }
+    _, record = reparameterized(program.with_weights(slots))
+    assert not record.modified
+    assert [(item.path, item.reason) for item in record.declined] == [
+        (name, f"@{name}.weight can be exchanged after the build") for name in ("down", "up")
+    ]
 
 
 def test_entries_share_what_is_folded_alike(capture_module):

@@ -12,6 +12,7 @@ from torch.fx import Node
 from optpass.analysis.affine.expressions import transposed
 from optpass.analysis.operators import argument, aten
 from optpass.ir.graph import shape_of
+from optpass.ir.slots import has_slot
 from optpass.ir.weights import Cast, Expression, Permute, Reshape, accumulation_dtype
 
 NESTING = 100
@@ -22,14 +23,16 @@ NESTING = 100
 class Constants:
     """The values of a graph that depend on weights alone, as expressions in accumulation precision.
 
-    A transposed, permuted or reshaped weight is one; other arithmetic on weights is not.
+    A transposed, permuted or reshaped weight is one; other arithmetic on weights is not, nor is a weight that may
+    be exchanged after the build (``exchangeable``), for what an exchange writes must not grow.
     """
 
     weights: Mapping[str, Expression]
     known: dict[Node, Expression | None] = field(default_factory=dict)
+    exchangeable: list[Node] = field(default_factory=list)
 
     def __call__(self, value: Any) -> Expression | None:
-        """The expression of ``value``, or None where it is an activation, a number or complex."""
+        """The expression of ``value``, or None where it is none."""
         if not isinstance(value, Node):
             return None
         if value not in self.known:
@@ -39,6 +42,9 @@ class Constants:
     def _find(self, node: Node) -> Expression | None:
         if node.op == "get_attr":
             leaf = self.weights[str(node.target)]
+            if has_slot(leaf):
+                self.exchangeable.append(node)
+                return None
             if leaf.dtype.is_complex or _is_deeper(leaf, NESTING):
                 return None
             wide = accumulation_dtype(leaf.dtype) if leaf.dtype.is_floating_point else torch.float32

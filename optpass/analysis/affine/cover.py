@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from torch.fx import Node
 
@@ -206,13 +207,21 @@ def _best(prices: Sequence[Price]) -> int:
 
 
 def price_of(node: Node, forms: Forms) -> Price:
-    """What ``node`` costs as it stands: scale and shift per channel have no products that count."""
+    """What ``node`` costs as it stands; a weight that several nodes read is borne by all of them.
+
+    Scale and shift per channel have no products that count.
+    """
     step = forms.steps.get(node, ())
     elementwise = len(step) == 1 and isinstance(step[0].map, Affine) and step[0].map.is_elementwise
     operands = {term.operand for term in step}
     stored = [item for item in node.all_input_nodes if item.op == "get_attr" or (step and item not in operands)]
-    weights = sum(item.meta["val"].numel() for item in stored)
+    weights = sum((Fraction(item.meta["val"].numel(), _readers(item, forms)) for item in stored), Fraction())
     return Price(0 if elementwise else macs_of(node), weights, 1)
+
+
+def _readers(stored: Node, forms: Forms) -> int:
+    """How many nodes read ``stored``, a weight or what is made of one."""
+    return forms.readers[str(stored.target)] if stored.op == "get_attr" else len(stored.users)
 
 
 class _Regions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -53,10 +54,12 @@ class Forms:
     """``of[node]``: what ``node`` is of earlier values, nearest first, itself left out.
 
     A node without forms is affine in nothing before it, so it is there whatever is chosen. ``steps`` says which
-    nodes were read as maps of their operands; ``refused`` which compositions are not exact.
+    nodes were read as maps of their operands; ``refused`` which compositions are not exact; ``readers`` how many
+    nodes read each weight.
     """
 
     constants: Constants
+    readers: Counter[str]
     of: dict[Node, tuple[Form, ...]] = field(default_factory=dict)
     steps: dict[Node, Step] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
@@ -71,7 +74,7 @@ class Forms:
 def forms_of(graph: Graph, weights: Mapping[str, Expression], considered: Callable[[Node], bool]) -> Forms:
     """The forms of every operator; of one that is not ``considered``, none. Linear in the nodes."""
     constants = Constants(weights)
-    found = Forms(constants)
+    found = Forms(constants, _readers(graph))
     for node in graph.calls:
         if constants(node) is not None or not considered(node):
             continue
@@ -87,6 +90,14 @@ def forms_of(graph: Graph, weights: Mapping[str, Expression], considered: Callab
         if forms and len(forms) <= LIMIT and forms[-1].depth <= DEPTH:
             found.of[node] = forms
     return found
+
+
+def _readers(graph: Graph) -> Counter[str]:
+    readers: Counter[str] = Counter()
+    for node in graph.fx.nodes:
+        if node.op == "get_attr":
+            readers[str(node.target)] += len(node.users)
+    return readers
 
 
 def _composed(found: Forms, node: Node, term: Term) -> tuple[Form, ...]:

@@ -8,6 +8,7 @@ dimension where it has no spatial axes, and along dimension 1 where it has some.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Price(NamedTuple):
     """What an operator costs, compared in this order: multiply-accumulates, stored weight elements, nodes."""
 
     macs: float
-    weights: float
+    weights: float | Fraction
     nodes: float
 
     def plus(self, other: Price) -> Price:
