@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -236,20 +237,20 @@ class JoinedPieces(Rule):
         joined: list[Node] = []
         index = 0
         while index < len(parts):
-            length = _whole_run(pieces[index:], dim)
+            length = _whole_run(pieces, index, dim)
             piece = pieces[index]
             joined.append(piece.source if length and piece else parts[index])
             index += max(length, 1)
         return joined
 
 
-def _whole_run(pieces: Sequence[Piece | None], dim: int) -> int:
-    """How many of the first pieces make up their source along ``dim``, from its start to its end; 0 for none."""
-    first = pieces[0]
+def _whole_run(pieces: Sequence[Piece | None], begin: int, dim: int) -> int:
+    """How many pieces from ``begin`` make up their source along ``dim``, from its start to its end; 0 for none."""
+    first = pieces[begin]
     if first is None or first.dim != dim or first.start != 0:
         return 0
     position: Any = 0
-    for count, piece in enumerate(pieces, 1):
+    for count, piece in enumerate(itertools.islice(pieces, begin, None), 1):
         if piece is None or piece.source is not first.source or piece.dim != dim or piece.start != position:
             return 0
         position = piece.stop
