@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from optpass.ir.weights import Expression, Shape, accumulation_dtype, dtype_name
+from optpass.ir.weights import Expression, Shape, Unary, accumulation_dtype, dtype_name
 
 
 @dataclass(frozen=True)
@@ -102,37 +102,24 @@ class Update(Expression):
 
 
 @dataclass(frozen=True)
-class Power(Expression):
+class Power(Unary):
     """``(operand + offset) ** exponent``, element by element: ``-0.5`` and ε for a normalisation's 1/σ."""
 
-    operand: Expression
     exponent: float
     offset: float = 0.0
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.operand.dtype
-
-    @property
-    def shape(self) -> Shape:  # type: ignore[override]
-        return self.operand.shape
 
     def evaluate(self) -> Tensor:
         value = self.operand.evaluate().to(accumulation_dtype(self.dtype))
         return (value + self.offset).pow(self.exponent).to(self.dtype)
-
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.operand,)
 
     def __str__(self) -> str:
         return f"power({self.operand}, {self.exponent!r}, {self.offset!r})"
 
 
 @dataclass(frozen=True)
-class Pad(Expression):
+class Pad(Unary):
     """``operand`` with ``before[d]`` zeros in front of it and ``after[d]`` behind it along each dimension."""
 
-    operand: Expression
     before: tuple[int, ...]
     after: tuple[int, ...]
 
@@ -142,19 +129,12 @@ class Pad(Expression):
             raise ValueError(f"cannot pad {list(self.operand.shape)} by {self.before} and {self.after}")
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.operand.dtype
-
-    @property
     def shape(self) -> Shape:  # type: ignore[override]
         return tuple(b + size + a for b, size, a in zip(self.before, self.operand.shape, self.after, strict=True))
 
     def evaluate(self) -> Tensor:
         pairs = [amount for pair in zip(reversed(self.before), reversed(self.after), strict=True) for amount in pair]
         return pad(self.operand.evaluate(), pairs)
-
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.operand,)
 
     def __str__(self) -> str:
         return f"pad({self.operand}, {list(self.before)}, {list(self.after)})"
