@@ -16,6 +16,9 @@ from torch.nn.functional import pad
 
 from optpass.ir.weights import Expression, Shape, Unary, accumulation_dtype, dtype_name
 
+BLOCK = 1 << 18
+"""Elements of a wide block: 1 MiB of float32, which stays in the cache."""
+
 
 @dataclass(frozen=True)
 class Einsum(Expression):
@@ -61,9 +64,10 @@ class Einsum(Expression):
 
 @dataclass(frozen=True)
 class Update(Expression):
-    """``base + left @ right``, where ``base`` [m, n…] is seen as a matrix [m, n]; in one buffer of ``base``'s size.
+    """``base + left @ right``, where ``base`` [m, n…] is seen as a matrix [m, n].
 
-    The sum of a product would hold three: of what evaluates a checkpoint's largest matrices, that is the peak.
+    Made in blocks of rows, so that nothing wide of ``base``'s size is ever held: a sum with a product would hold
+    three, and a merge's peak is what its largest matrix takes.
     """
 
     base: Expression
@@ -86,13 +90,14 @@ class Update(Expression):
 
     def evaluate(self) -> Tensor:
         wide = accumulation_dtype(self.dtype)
-        stored = self.base.evaluate()
-        buffer = stored.to(wide)
-        factors = self.left.evaluate().to(wide), self.right.evaluate().to(wide)
-        matrix = buffer.reshape(self.shape[0], -1)
-        # What needed no cast may be the file's own memory.
-        result = torch.addmm(matrix, *factors) if buffer is stored else matrix.addmm_(*factors)
-        return result.reshape(self.shape).to(self.dtype)
+        base, result = self.base.evaluate(), torch.empty(self.shape, dtype=self.dtype)
+        left, right = self.left.evaluate().to(wide), self.right.evaluate().to(wide)
+        rows = max(1, BLOCK // right.shape[1])
+        matrices = (base.reshape(left.shape[0], -1), left, result.view(left.shape[0], -1))
+        for start in range(0, left.shape[0], rows):
+            block, factor, target = (matrix[start : start + rows] for matrix in matrices)
+            target.copy_(torch.addmm(block.to(wide), factor, right))
+        return result
 
     def operands(self) -> tuple[Expression, ...]:
         return (self.base, self.left, self.right)

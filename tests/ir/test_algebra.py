@@ -55,7 +55,9 @@ def test_equal_expressions_are_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_update_is_a_sum_with_a_product_and_leaves_its_base(dtype):
+@pytest.mark.parametrize("block", [1, 90, 1 << 18])
+def test_update_is_a_sum_with_a_product_and_leaves_its_base(dtype, block, monkeypatch):
+    monkeypatch.setattr("optpass.ir.algebra.BLOCK", block)
     torch.manual_seed(0)
     base = Constant(torch.randn(6, 4, 3, 3).to(dtype))
     left, right = constant(6, 2), constant(2, 36)
