@@ -264,6 +264,7 @@ def test_declines_with_the_reason(capture_module, build, x, reason):
         (of(lambda m, x: functional.batch_norm(m.a(x), None, None, training=True), a=conv(6, 6, 1)), IMAGE),
         (of(lambda m, x: m.a(functional.avg_pool2d(x, 2, ceil_mode=True)), a=conv(6, 6, 1)), IMAGE),
         (of(lambda m, x: x + m.a(torch.relu(x)), a=linear(6, 6)), TOKENS),
+        (of(lambda m, x: torch.relu(m.n(torch.relu(x))), n=lambda: nn.BatchNorm2d(6)), IMAGE),
         (of(lambda m, x: m.a(x) + m.s, a=linear(6, 6), s=parameter(3, 1, 1, 6)), TOKENS),
     ],
 )

@@ -73,7 +73,11 @@ class _Mapper:
         """The options of ``node``, the one that changes nothing first."""
         kept = Option(price_of(node, self.forms), self._open(t.operand for t in self.forms.steps.get(node, ())))
         shape = example_shape(node)
-        made = [Option(form.map.price(shape), self._open([form.root]), form) for form in self.forms.of[node]]
+        priced = [(form, form.map.price(shape)) for form in self.forms.of[node]]
+        # One step by another operator is no gain, though a BatchNorm as a product and a sum would store less.
+        made = [
+            Option(price, self._open([form.root]), form) for form, price in priced if form.depth > 1 or price == FREE
+        ]
         root = self.forms.of[node][0].root
         if isinstance(root, Bare):
             self.options[root] = (Option(Price(0, 0, 1), ()),)
