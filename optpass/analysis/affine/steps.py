@@ -222,6 +222,16 @@ def _negative(node: Node, constants: Constants) -> Step | None:
     return (Term(operand, Uniform(_number(-1.0, operand))),)
 
 
+def _reshape(node: Node, constants: Constants) -> Step | None:
+    """The same rows in another arrangement: nothing, to maps along the last dimension."""
+    operand: Any = node.args[0]
+    before, after = shape_of(operand), shape_of(node)
+    if not before or not after or before[-1] != after[-1] or not isinstance(after[-1], int):
+        return None
+    ones = Full((after[-1],), 1.0, _wide(operand))
+    return (Term(operand, channelwise(ones, None, 0)),)
+
+
 def _pointwise(operand: Node, constant: Any, constants: Constants) -> tuple[Expression, int | None] | None:
     """``constant`` as it acts on ``operand``: a scalar and None, or [channels] and the number of spatial axes.
 
@@ -289,5 +299,6 @@ RULES: dict[Any, Callable[[Node, Constants], Step | None]] = {
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _multiply),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _divide),
     aten.neg.default: _negative,
+    aten.reshape.default: _reshape,
 }
 """Operators that are affine in their activations, and their maps."""
