@@ -48,7 +48,8 @@ class Reparameterize(Pass):
     halves of a low-rank pair); what has readers that need it anyway, weights included (a tied embedding); weights that
     can be exchanged after the build; a padded kernel over a value to which a constant was added, whose border would
     differ, and over another kernel; branches with different strides or centres; products with a factor that depends
-    on the input. It does not look through transpositions and other reshapes of activations.
+    on the input. It does not look through transpositions and other reshapes of activations, and takes arithmetic on
+    weights (a BatchNorm written out) for constants only where it was folded before.
 
     Source: Ioffe and Szegedy, arXiv 1502.03167 (BatchNorm in inference); RepVGG, arXiv 2101.03697, section 3.3;
     MobileOne, arXiv 2206.04040, section 3.2; ZeroI2V, arXiv 2310.01324, section 3.3.
@@ -203,8 +204,8 @@ def _reasons(graph: Graph, forms: Forms, cover: Cover) -> Iterator[tuple[Node, s
         for node in weight.users:
             yield node, f"@{weight.target} can be exchanged after the build"
     for node in graph.calls:
-        if gate := _gate(node, forms):
-            yield node, f"the factor %{gate.name} depends on the input: what is linear before and after stays apart"
+        if reason := _why_apart(node, forms):
+            yield node, reason
 
 
 def _why_left(left: Costlier) -> str:
@@ -232,17 +233,21 @@ def _named(form: Form) -> str:
     return f"one {kind} {made.inputs}→{made.outputs}{groups}"
 
 
-def _gate(node: Node, forms: Forms) -> Node | None:
-    """The factor of a product of two activations that stands between linear operators, x·σ(x) and its kind left out."""
-    if node.target is not aten.mul.Tensor or node in forms.steps:
+def _why_apart(node: Node, forms: Forms) -> str | None:
+    """Why a product with a factor that is no constant parts what is linear; x·σ(x) and its kind are none."""
+    if node.target is not aten.mul.Tensor or node in forms.steps or node in forms.computed:
         return None
-    left, right = node.args[:2]
-    if not isinstance(left, Node) or not isinstance(right, Node) or forms.constants(left) or forms.constants(right):
+    linear, factor = node.args[:2]
+    if linear not in forms.steps:
+        linear, factor = factor, linear
+    if not isinstance(factor, Node) or not isinstance(linear, Node) or linear not in forms.steps:
         return None
-    if left not in forms.steps:
-        left, right = right, left
+    if factor in forms.computed:
+        return f"the factor %{factor.name} is arithmetic on weights: fold constants first"
     into = any(_is_layer(term) for user in node.users for term in forms.steps.get(user, ()))
-    return right if left in forms.steps and into and not _is_pointwise_of(right, left) else None
+    if forms.constants(factor) is not None or not into or _is_pointwise_of(factor, linear):
+        return None
+    return f"the factor %{factor.name} depends on the input: what is linear before and after stays apart"
 
 
 def _is_layer(term: Term) -> bool:

@@ -246,6 +246,11 @@ def test_group_norm_and_rms_norm(capture_module):
             "the factor %sigmoid depends on the input",
         ),
         (
+            of(lambda m, x: m.a(x) * torch.rsqrt(m.s + 1e-5), a=linear(6, 6), s=parameter(6)),
+            TOKENS,
+            "the factor %rsqrt is arithmetic on weights: fold constants first",
+        ),
+        (
             of(lambda m, x: m.a(x) + m.b(x), a=conv(12, 12, 1, groups=3), b=conv(12, 12, 1, groups=4)),
             torch.zeros(1, 12, 2, 2),
             "one 1×1 convolution 12→12 on %x would take 576 MAC, what it replaces takes 336 MAC",

@@ -115,6 +115,17 @@ def test_every_batch_norm_goes(capture_module, name, norms, sites, declined):
 
 
 @with_timm
+def test_levit_norms_over_flattened_tokens(capture_module):
+    """LeViT flattens batch and tokens for its BatchNorms: dense maps go through such reshapes."""
+    program, _ = captured(capture_module, "levit_128s")
+    assert count(program, "batch_norm") == 52
+    after, record = reparameterized(program)
+    assert count(after, "batch_norm") == 0
+    assert len(record.sites) == 51
+    assert count(after, "reshape") == count(program, "reshape") - 2 * 32
+
+
+@with_timm
 def test_mobilenetv4_keeps_depthwise_and_pointwise_apart(capture_module):
     program, _ = captured(capture_module, "mobilenetv4_conv_small")
     _, record = reparameterized(program)

@@ -34,12 +34,19 @@ Step = tuple[Term, ...]
 def step_of(node: Node, constants: Constants) -> Step | None:
     """``node`` as a sum of affine maps of activations; None where it is not one, or changes the dtype."""
     rule = RULES.get(node.target) if node.op == "call_function" else None
-    step = rule(node, constants) if rule else None
+    # A size among the operands of a sum or product is a number that is not known yet.
+    if rule is None or any(isinstance(item, Node) and not _is_tensor(item) for item in node.args):
+        return None
+    step = rule(node, constants)
     if step is None:
         return None
     dtype = value_of(node).dtype
     same = dtype.is_floating_point and all(value_of(term.operand).dtype == dtype for term in step)
     return step if same else None
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta["val"], torch.Tensor)
 
 
 def _linear(node: Node, constants: Constants) -> Step | None:
