@@ -11,13 +11,13 @@ import torch
 from pydantic import Field
 from torch.fx import Node
 
-from optpass.analysis.affine.cover import Costlier, Cover, cheapest_cover, price_of
+from optpass.analysis.affine.cover import Costlier, Cover, cheapest_cover, is_rearranged, price_of
 from optpass.analysis.affine.forms import Bare, Form, Forms, forms_of
 from optpass.analysis.affine.maps import Affine, Transposed, Uniform, by
 from optpass.analysis.affine.steps import Term
 from optpass.analysis.operators import POINTWISE_BINARY, POINTWISE_UNARY
 from optpass.errors import OptpassError
-from optpass.ir.graph import PATH, Graph, path_of
+from optpass.ir.graph import PATH, Graph, path_of, shape_of
 from optpass.ir.program import Program
 from optpass.ir.weights import Expression, WeightStore
 from optpass.pipeline.contract import exact
@@ -36,19 +36,20 @@ class Reparameterize(Pass):
     """Linear operators between two non-linearities → the cheapest one that computes the same.
 
     Every value is read as an affine function of earlier ones: through linear layers, convolutions, BatchNorm with
-    running statistics, products and sums with numbers and with constants per channel, average pools, and sums of two
-    such values; LayerNorm, GroupNorm and RMSNorm end in one, their scale and shift. Where one operator on an earlier
-    value costs less than all that dies with it, it takes its place: multiply-accumulates decide, then stored weight
-    elements, then nodes. So BatchNorm goes into the convolution on either side, the branches of RepVGG and MobileOne
-    become one convolution, linear adapters (ZeroI2V, FouRA with a frozen gate) go into the layers beside them, a
-    normalisation's scale and shift into the layers that read it, layer scales into what they scale.
+    running statistics, products and sums with numbers and with constants per channel, average pools, reshapes that
+    keep the last dimension, and sums of two such values. LayerNorm, GroupNorm and RMSNorm end in one, their scale and
+    shift. Where one operator on an earlier value costs less than all that dies with it, it takes its place:
+    multiply-accumulates decide, then stored weight elements, then nodes. So BatchNorm goes into the convolution on
+    either side, the branches of RepVGG and MobileOne become one convolution, linear adapters (ZeroI2V, FouRA with a
+    frozen gate) go into the layers beside them, a normalisation's scale and shift into the layers that read it, layer
+    scales into what they scale. Nothing is evaluated: weights become expressions.
 
     Leaves alone, with the reason: what would cost more (a depthwise convolution followed by a pointwise one, the two
     halves of a low-rank pair); what has readers that need it anyway, weights included (a tied embedding); weights that
     can be exchanged after the build; a padded kernel over a value to which a constant was added, whose border would
     differ, and over another kernel; branches with different strides or centres; products with a factor that depends
-    on the input. It does not look through reshapes and transpositions of activations, and evaluates nothing: weights
-    become expressions.
+    on the input. It does not look through transpositions and other reshapes of activations, and takes arithmetic on
+    weights (a BatchNorm written out) for constants only where it was folded before.
 
     Source: Ioffe and Szegedy, arXiv 1502.03167 (BatchNorm in inference); RepVGG, arXiv 2101.03697, section 3.3;
     MobileOne, arXiv 2206.04040, section 3.2; ZeroI2V, arXiv 2310.01324, section 3.3.
@@ -160,6 +161,8 @@ class _Collapse:
 
         with self.graph.before(node):
             made = emit(self.graph, operand, form.map, like=owner, store=store)
+            if is_rearranged(node, form):
+                made = self.graph.call(aten.reshape.default, made, list(shape_of(node)), like=node)
         if layout(made) != layout(node):
             raise OptpassError(f"%{node.name} ({path_of(node)}), {layout(node)}, became {layout(made)}")
         node.replace_all_uses_with(made)
@@ -201,8 +204,8 @@ def _reasons(graph: Graph, forms: Forms, cover: Cover) -> Iterator[tuple[Node, s
         for node in weight.users:
             yield node, f"@{weight.target} can be exchanged after the build"
     for node in graph.calls:
-        if gate := _gate(node, forms):
-            yield node, f"the factor %{gate.name} depends on the input: what is linear before and after stays apart"
+        if reason := _why_apart(node, forms):
+            yield node, reason
 
 
 def _why_left(left: Costlier) -> str:
@@ -230,17 +233,21 @@ def _named(form: Form) -> str:
     return f"one {kind} {made.inputs}→{made.outputs}{groups}"
 
 
-def _gate(node: Node, forms: Forms) -> Node | None:
-    """The factor of a product of two activations that stands between linear operators, x·σ(x) and its kind left out."""
-    if node.target is not aten.mul.Tensor or node in forms.steps:
+def _why_apart(node: Node, forms: Forms) -> str | None:
+    """Why a product with a factor that is no constant parts what is linear; x·σ(x) and its kind are none."""
+    if node.target is not aten.mul.Tensor or node in forms.steps or node in forms.computed:
         return None
-    left, right = node.args[:2]
-    if not isinstance(left, Node) or not isinstance(right, Node) or forms.constants(left) or forms.constants(right):
+    linear, factor = node.args[:2]
+    if linear not in forms.steps:
+        linear, factor = factor, linear
+    if not isinstance(factor, Node) or not isinstance(linear, Node) or linear not in forms.steps:
         return None
-    if left not in forms.steps:
-        left, right = right, left
+    if factor in forms.computed:
+        return f"the factor %{factor.name} is arithmetic on weights: fold constants first"
     into = any(_is_layer(term) for user in node.users for term in forms.steps.get(user, ()))
-    return right if left in forms.steps and into and not _is_pointwise_of(right, left) else None
+    if forms.constants(factor) is not None or not into or _is_pointwise_of(factor, linear):
+        return None
+    return f"the factor %{factor.name} depends on the input: what is linear before and after stays apart"
 
 
 def _is_layer(term: Term) -> bool:

@@ -113,6 +113,10 @@ def conv(*sizes, **options):
     return lambda: nn.Conv2d(*sizes, **options)
 
 
+def batch_norm():
+    return nn.BatchNorm1d(6)
+
+
 def parameter(*shape):
     return lambda: nn.Parameter(torch.ones(shape))
 
@@ -137,6 +141,8 @@ TOKENS = torch.zeros(2, 5, 6)
         (of(lambda m, x: m.b(m.a(x)), a=conv(6, 6, 3, padding="same"), b=conv(6, 6, 1, stride=2)), IMAGE, ["conv2d"]),
         (of(lambda m, x: m.a(x) * m.s[:, None, None], a=conv(6, 6, 3), s=parameter(6)), IMAGE, ["conv2d"]),
         (of(lambda m, x: x + m.s.view(1, 6, 1, 1) * m.n(x), s=parameter(6), n=lambda: nn.BatchNorm2d(6)), IMAGE, None),
+        (of(lambda m, x: m.n(m.a(x).flatten(0, 1)).view(2, 5, 6), a=linear(6, 6), n=batch_norm), TOKENS, ["linear"]),
+        (of(lambda m, x: m.b(m.a(x).flatten(0, 1)), a=linear(6, 6), b=linear(6, 6)), TOKENS, ["linear", "reshape"]),
         (of(lambda m, x: (x + 0) * 1.0 / 1 + torch.relu(x.neg().neg())), TOKENS, ["relu", "add.Tensor"]),
     ],
 )
@@ -240,6 +246,11 @@ def test_group_norm_and_rms_norm(capture_module):
             "the factor %sigmoid depends on the input",
         ),
         (
+            of(lambda m, x: m.a(x) * torch.rsqrt(m.s + 1e-5), a=linear(6, 6), s=parameter(6)),
+            TOKENS,
+            "the factor %rsqrt is arithmetic on weights: fold constants first",
+        ),
+        (
             of(lambda m, x: m.a(x) + m.b(x), a=conv(12, 12, 1, groups=3), b=conv(12, 12, 1, groups=4)),
             torch.zeros(1, 12, 2, 2),
             "one 1×1 convolution 12→12 on %x would take 576 MAC, what it replaces takes 336 MAC",
@@ -261,9 +272,13 @@ def test_declines_with_the_reason(capture_module, build, x, reason):
         (of(lambda m, x: m.b((y := m.a(x)) * torch.sigmoid(y)), a=linear(6, 6), b=linear(6, 6)), TOKENS),
         (of(lambda m, x: m.a(x).transpose(1, 2) * m.s, a=linear(6, 6), s=parameter(5)), TOKENS),
         (of(lambda m, x: m.a(x) * m.s, a=linear(6, 6), s=parameter(5, 1)), TOKENS),
+        (of(lambda m, x: m.b(m.a(x).view(2, 10, 3)), a=linear(6, 6), b=linear(3, 3)), TOKENS),
+        (of(lambda m, x: torch.relu(x).flatten(0, 1).view(5, 2, 6)), TOKENS),
+        (of(lambda m, x: m.c((x * 2 + 1).view(2, 5, 2, 3).view(2, 5, 3, 2)), c=conv(5, 4, 1)), TOKENS),
         (of(lambda m, x: functional.batch_norm(m.a(x), None, None, training=True), a=conv(6, 6, 1)), IMAGE),
         (of(lambda m, x: m.a(functional.avg_pool2d(x, 2, ceil_mode=True)), a=conv(6, 6, 1)), IMAGE),
         (of(lambda m, x: x + m.a(torch.relu(x)), a=linear(6, 6)), TOKENS),
+        (of(lambda m, x: torch.relu(m.n(torch.relu(x))), n=lambda: nn.BatchNorm2d(6)), IMAGE),
         (of(lambda m, x: m.a(x) + m.s, a=linear(6, 6), s=parameter(3, 1, 1, 6)), TOKENS),
     ],
 )

@@ -115,6 +115,19 @@ def test_every_batch_norm_goes(capture_module, name, norms, sites, declined):
 
 
 @with_timm
+def test_levit_norms_over_flattened_tokens(capture_module):
+    """LeViT flattens batch and tokens for its BatchNorms: dense maps go through such reshapes."""
+    program, module = captured(capture_module, "levit_128s")
+    flattened = sum(type(layer).__name__ == "LinearNorm" for layer in module.modules())
+    assert (flattened, count(program, "batch_norm")) == (46, 52)
+    after, record = reparameterized(program)
+    assert count(after, "batch_norm") == 0
+    # Besides, four convolutions, and the two heads, each behind a norm, whose mean is one layer.
+    assert len(record.sites) == flattened + 4 + 1
+    assert count(after, "reshape") == count(program, "reshape") - 2 * flattened
+
+
+@with_timm
 def test_mobilenetv4_keeps_depthwise_and_pointwise_apart(capture_module):
     program, _ = captured(capture_module, "mobilenetv4_conv_small")
     _, record = reparameterized(program)

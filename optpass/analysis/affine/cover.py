@@ -17,9 +17,9 @@ from fractions import Fraction
 from torch.fx import Node
 
 from optpass.analysis.affine.forms import Bare, Form, Forms, Value
-from optpass.analysis.affine.maps import FREE, Affine, Price
+from optpass.analysis.affine.maps import FREE, Affine, Price, Uniform
 from optpass.analysis.mac_rules import macs_of
-from optpass.ir.graph import Graph, example_shape
+from optpass.ir.graph import Graph, example_shape, shape_of
 
 ROUNDS = 2
 """Passes with exact prices; a third has not been seen to change anything."""
@@ -72,8 +72,11 @@ class _Mapper:
     def _enter(self, node: Node) -> None:
         """The options of ``node``, the one that changes nothing first."""
         kept = Option(price_of(node, self.forms), self._open(t.operand for t in self.forms.steps.get(node, ())))
-        shape = example_shape(node)
-        made = [Option(form.map.price(shape), self._open([form.root]), form) for form in self.forms.of[node]]
+        made = [
+            Option(_price_of_form(node, form), self._open([form.root]), form)
+            for form in self.forms.of[node]
+            if _is_worth_pricing(form)
+        ]
         root = self.forms.of[node][0].root
         if isinstance(root, Bare):
             self.options[root] = (Option(Price(0, 0, 1), ()),)
@@ -206,6 +209,25 @@ def _best(prices: Sequence[Price]) -> int:
     return min(range(len(prices)), key=lambda index: (prices[index], index > 0, -index))
 
 
+def _is_worth_pricing(form: Form) -> bool:
+    """Not one step by another operator (a BatchNorm as product and sum would store less), nor reshapes alone."""
+    if isinstance(form.map, Uniform):
+        return form.depth > 1 or form.map.price(()) == FREE
+    return form.depth > 1 and not (isinstance(form.map, Affine) and form.map.is_view)
+
+
+def _price_of_form(node: Node, form: Form) -> Price:
+    price = form.map.price(example_shape(node))
+    return price.plus(Price(0, 0, 1)) if is_rearranged(node, form) else price
+
+
+def is_rearranged(node: Node, form: Form) -> bool:
+    """Whether ``node`` has the rows of what ``form`` makes of its root in another arrangement."""
+    root = form.root.node if isinstance(form.root, Bare) else form.root
+    dense = isinstance(form.map, Affine) and not form.map.spatial
+    return dense and shape_of(root)[:-1] != shape_of(node)[:-1]
+
+
 def price_of(node: Node, forms: Forms) -> Price:
     """What ``node`` costs as it stands; a weight that several nodes read is borne by all of them.
 
@@ -213,8 +235,8 @@ def price_of(node: Node, forms: Forms) -> Price:
     """
     step = forms.steps.get(node, ())
     elementwise = len(step) == 1 and isinstance(step[0].map, Affine) and step[0].map.is_elementwise
-    operands = {term.operand for term in step}
-    stored = [item for item in node.all_input_nodes if item.op == "get_attr" or (step and item not in operands)]
+    inputs = node.all_input_nodes
+    stored = [item for item in inputs if item.op == "get_attr" or forms.constants(item) is not None]
     weights = sum((Fraction(item.meta["val"].numel(), _readers(item, forms)) for item in stored), Fraction())
     return Price(0 if elementwise else macs_of(node), weights, 1)
 

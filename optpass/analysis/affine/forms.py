@@ -55,7 +55,7 @@ class Forms:
 
     A node without forms is affine in nothing before it, so it is there whatever is chosen. ``steps`` says which
     nodes were read as maps of their operands; ``refused`` which compositions are not exact; ``readers`` how many
-    nodes read each weight.
+    nodes read each weight; ``computed`` are the nodes that depend on weights alone.
     """
 
     constants: Constants
@@ -63,6 +63,7 @@ class Forms:
     of: dict[Node, tuple[Form, ...]] = field(default_factory=dict)
     steps: dict[Node, Step] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
+    computed: set[Node] = field(default_factory=set)
 
     def upto(self, node: Node) -> Iterator[Form]:
         """The forms of ``node`` and, before them, itself."""
@@ -76,7 +77,10 @@ def forms_of(graph: Graph, weights: Mapping[str, Expression], considered: Callab
     constants = Constants(weights)
     found = Forms(constants, _readers(graph))
     for node in graph.calls:
-        if constants(node) is not None or not considered(node):
+        if all(item.op == "get_attr" or item in found.computed for item in node.all_input_nodes):
+            found.computed.add(node)
+            continue
+        if not considered(node):
             continue
         affine = norm_affine(node, constants)
         if affine is not None:

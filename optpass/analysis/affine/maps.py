@@ -49,10 +49,6 @@ class Uniform:
     scale: Expression
     shift: Expression | None = None
 
-    @property
-    def is_identity(self) -> bool:
-        return is_ones(self.scale) and self.shift is None
-
     def along(self, channels: int, spatial: int) -> Affine:
         """The same map over ``channels`` in front of ``spatial`` kernel axes."""
         weight = spread(self.scale, (channels, 1, *[1] * spatial))
@@ -107,6 +103,11 @@ class Affine:
     @property
     def is_elementwise(self) -> bool:
         return self.is_channelwise and self.is_pointwise
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it changes nothing but the arrangement of what lies along its channels."""
+        return self.is_elementwise and is_ones(self.weight) and self.bias is None
 
     def price(self, shape: Shape) -> Price:
         """As one operator whose result has ``shape``; scale and shift per channel have no products that count."""

@@ -34,12 +34,19 @@ Step = tuple[Term, ...]
 def step_of(node: Node, constants: Constants) -> Step | None:
     """``node`` as a sum of affine maps of activations; None where it is not one, or changes the dtype."""
     rule = RULES.get(node.target) if node.op == "call_function" else None
-    step = rule(node, constants) if rule else None
+    # A size among the operands of a sum or product is a number that is not known yet.
+    if rule is None or any(isinstance(item, Node) and not _is_tensor(item) for item in node.args):
+        return None
+    step = rule(node, constants)
     if step is None:
         return None
     dtype = value_of(node).dtype
     same = dtype.is_floating_point and all(value_of(term.operand).dtype == dtype for term in step)
     return step if same else None
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta["val"], torch.Tensor)
 
 
 def _linear(node: Node, constants: Constants) -> Step | None:
@@ -222,6 +229,16 @@ def _negative(node: Node, constants: Constants) -> Step | None:
     return (Term(operand, Uniform(_number(-1.0, operand))),)
 
 
+def _reshape(node: Node, constants: Constants) -> Step | None:
+    """The same rows in another arrangement: nothing, to maps along the last dimension."""
+    operand: Any = node.args[0]
+    before, after = shape_of(operand), shape_of(node)
+    if not before or not after or before[-1] != after[-1] or not isinstance(after[-1], int):
+        return None
+    ones = Full((after[-1],), 1.0, _wide(operand))
+    return (Term(operand, channelwise(ones, None, 0)),)
+
+
 def _pointwise(operand: Node, constant: Any, constants: Constants) -> tuple[Expression, int | None] | None:
     """``constant`` as it acts on ``operand``: a scalar and None, or [channels] and the number of spatial axes.
 
@@ -289,5 +306,6 @@ RULES: dict[Any, Callable[[Node, Constants], Step | None]] = {
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _multiply),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _divide),
     aten.neg.default: _negative,
+    aten.reshape.default: _reshape,
 }
 """Operators that are affine in their activations, and their maps."""
