@@ -91,7 +91,7 @@ def _exported(graph: Graph, opset: int) -> ir.Model:
     from optpass.interchange.exported import to_exported
     from optpass.quiet import first_lines
 
-    exported, inputs = to_exported(graph), graph.signature.inputs
+    exported, inputs = to_exported(_with_own_outputs(graph)), graph.signature.inputs
     outputs = [f"{name}.out" if name in inputs else name for name in graph.signature.outputs]
     try:
         with quiet_onnx(), unguarded(graph.mode):
@@ -108,6 +108,27 @@ def _exported(graph: Graph, opset: int) -> ir.Model:
         raise UserError(f"ONNX cannot express this graph: {first_lines(_root(error), 6)}") from error
     assert program is not None
     return program.model
+
+
+def _with_own_outputs(graph: Graph) -> Graph:
+    """``graph`` with a copy behind every output that is an input, a weight or another output.
+
+    ONNX has one name for one value: without, the exporter renames what the caller calls by its name.
+    """
+    import torch
+
+    results: Any = graph.output_node.args[0]
+    if len(set(results)) == len(results) and all(node.op == "call_function" for node in results):
+        return graph
+    own = graph.copy()
+    copied: Any = own.output_node.args[0]
+    returned: list[Any] = []
+    with own.before(own.output_node):
+        for node in copied:
+            is_own = node.op == "call_function" and node not in returned
+            returned.append(node if is_own else own.call(torch.ops.aten.clone.default, node, like=node))
+    own.output_node.args = (tuple(returned),)
+    return own
 
 
 def _optimise(model: ir.Model) -> OptpassError | None:

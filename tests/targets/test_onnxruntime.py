@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -62,6 +63,30 @@ def test_an_output_named_like_an_input_gets_a_name_of_its_own(lowered: Any) -> N
     folder, _ = lowered("svd_unet")
     model = onnx_ir.load(folder / "full.onnx")
     assert [value.name for value in model.graph.outputs] == ["sample.out"]
+
+
+class Passed(nn.Module):
+    """Returns its input, one value twice, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        y = x.sin()
+        return {"same": nn.functional.dropout(x, training=False), "once": y, "again": y, "buffer": self.table}
+
+
+def test_outputs_that_are_inputs_weights_or_each_other_keep_their_names(tmp_path: Path) -> None:
+    program, module = capture_module(Passed, x=torch.zeros(2, 3))
+    OnnxRuntime().lower(program, Lowering(tmp_path))
+    session = onnxruntime.InferenceSession(tmp_path / "full.onnx")
+    assert [value.name for value in session.get_inputs()] == ["x"]
+    x = torch.randn(2, 3)
+    expected = module(x)
+    assert [value.name for value in session.get_outputs()] == list(expected)
+    for found, value in zip(session.run(None, {"x": x.numpy()}), expected.values(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), value)
 
 
 @pytest.mark.parametrize("name", ["svd_unet", "transformer"])
