@@ -176,7 +176,7 @@ class _Collapse:
 
 
 def _owner(node: Node, form: Form, forms: Forms) -> Node:
-    """Of the nodes between ``node`` and the root of ``form``, the dearest: the layer that the others go into."""
+    """The dearest node between ``node`` and the root of ``form``, the last of equals: the others go into it."""
     root = form.root.node if isinstance(form.root, Bare) else form.root
     seen, pending = {node}, [node]
     while pending:
@@ -185,7 +185,7 @@ def _owner(node: Node, form: Form, forms: Forms) -> Node:
             if term.operand is not root and term.operand not in seen:
                 seen.add(term.operand)
                 pending.append(term.operand)
-    return max(sorted(seen), key=lambda item: price_of(item, forms))
+    return max(sorted(seen, reverse=True), key=lambda item: price_of(item, forms))
 
 
 def _module_of(node: Node) -> str:
