@@ -7,7 +7,7 @@ CHECKPOINT := tests/checkpoints/moving-digits
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format results bench wheel clean
+.PHONY: help install demo test test-all lint format results bench bench-lora wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ results: $(STAMP)  ## Regenerate docs/results: the published counts, printed by 
 
 bench: $(STAMP)  ## Full-size checkpoints: time, memory and growth; writes docs/results/scale.md (12 GB of disk)
 	$(BIN)/python tests/benchmarks/scale.py --out docs/results/scale.md
+
+bench-lora: $(STAMP)  ## merge-lora beside peft on SD 1.5; writes docs/results/merge-lora.md (12 GB of disk)
+	$(BIN)/python tests/benchmarks/merge_lora.py --out docs/results/merge-lora.md
 
 format: $(STAMP)  ## Format in place
 	$(BIN)/ruff check --fix .

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from optpass.errors import UserError
-from optpass.ir.algebra import Einsum, Power
-from optpass.ir.weights import Cast, Expression, Reshape, Scale, Shape, Sum
+from optpass.ir.algebra import Einsum, Power, Update
+from optpass.ir.weights import Cast, Concat, Expression, Reshape, Scale, Shape, Sum
 
 Kind = Literal["lora", "loha", "lokr"]
 Matrix = tuple[int, int]
@@ -50,6 +50,11 @@ class Adaptation:
     def scale(self) -> float:
         """α/r, or α/√r where the adapter is rank-stabilised."""
         return self.alpha / (sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the adapted weight is W + BA and no more."""
+        return self.kind == "lora" and self.magnitude is None
 
     @property
     def key(self) -> str:
@@ -146,6 +151,8 @@ def merged(base: Expression, adaptations: Sequence[tuple[Adaptation, float]]) ->
     Raises:
         UserError: an adaptation does not fit the shape of ``base``.
     """
+    if all(adaptation.is_plain for adaptation, _ in adaptations):
+        return _updated(base, adaptations)
     wide = value = _wide(base)
     for adaptation, strength in adaptations:
         delta = adaptation.delta(base.shape, strength)
@@ -153,6 +160,19 @@ def merged(base: Expression, adaptations: Sequence[tuple[Adaptation, float]]) ->
         if adaptation.magnitude is not None:
             value = _along(value, direction_scale(wide, delta, adaptation), adaptation)
     return value if value.dtype == base.dtype else Cast(value, base.dtype)
+
+
+def _updated(base: Expression, adaptations: Sequence[tuple[Adaptation, float]]) -> Expression:
+    """Plain LoRAs side by side are one of all their ranks."""
+    pairs = [adaptation.low_rank(base.shape, strength) for adaptation, strength in adaptations]
+    if not pairs:
+        return base
+    downs, ups = (tuple(map(_matrix, side)) for side in zip(*pairs, strict=True))
+    return Update(base, _joined(ups, 1), _joined(downs, 0))
+
+
+def _joined(parts: tuple[Expression, ...], dim: int) -> Expression:
+    return Concat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def direction_scale(base: Expression, delta: Expression, adaptation: Adaptation) -> Expression:

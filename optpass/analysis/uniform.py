@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from optpass.analysis.operators import argument, aten
+from optpass.analysis.permutations import PERMUTATIONS
 from optpass.ir.algebra import Full
 from optpass.ir.weights import Constant, WeightStore
 
@@ -28,8 +29,7 @@ COPIES = frozenset(
         aten.squeeze.dim,
         aten.squeeze.dims,
         aten.squeeze.default,
-        aten.permute.default,
-        aten.transpose.int,
+        *PERMUTATIONS,
         aten.slice.Tensor,
         aten.select.int,
         aten.repeat.default,

@@ -8,12 +8,16 @@ over ``Cast(leaf, torch.float32)`` with one ``Cast`` back around it, so that it 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from optpass.ir.weights import Expression, Shape, accumulation_dtype, dtype_name
+from optpass.ir.weights import Expression, Shape, Unary, accumulation_dtype, dtype_name
+
+BLOCK = 1 << 18
+"""Elements of a wide block: 1 MiB of float32, which stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -59,37 +63,68 @@ class Einsum(Expression):
 
 
 @dataclass(frozen=True)
-class Power(Expression):
-    """``(operand + offset) ** exponent``, element by element: ``-0.5`` and ε for a normalisation's 1/σ."""
+class Update(Expression):
+    """``base + left @ right``, where ``base`` [m, n…] is seen as a matrix [m, n].
 
-    operand: Expression
-    exponent: float
-    offset: float = 0.0
+    Made in blocks of rows, so that nothing wide of ``base``'s size is ever held: a sum with a product would hold
+    three, and a merge's peak is what its largest matrix takes.
+    """
+
+    base: Expression
+    left: Expression
+    right: Expression
+
+    def __post_init__(self) -> None:
+        shape, left, right = self.base.shape, self.left.shape, self.right.shape
+        fits = len(shape) > 1 and len(left) == len(right) == 2 and left[1] == right[0]
+        if not fits or (left[0], right[1]) != (shape[0], prod(shape[1:])):
+            raise ValueError(f"cannot add the product of {list(left)} and {list(right)} to {list(shape)}")
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.operand.dtype
+        return self.base.dtype
 
     @property
     def shape(self) -> Shape:  # type: ignore[override]
-        return self.operand.shape
+        return self.base.shape
+
+    def evaluate(self) -> Tensor:
+        wide = accumulation_dtype(self.dtype)
+        base, result = self.base.evaluate(), torch.empty(self.shape, dtype=self.dtype)
+        left, right = self.left.evaluate().to(wide), self.right.evaluate().to(wide)
+        rows = max(1, BLOCK // right.shape[1])
+        matrices = (base.reshape(left.shape[0], -1), left, result.view(left.shape[0], -1))
+        for start in range(0, left.shape[0], rows):
+            block, factor, target = (matrix[start : start + rows] for matrix in matrices)
+            target.copy_(torch.addmm(block.to(wide), factor, right))
+        return result
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.base, self.left, self.right)
+
+    def __str__(self) -> str:
+        return f"update({self.base}, {self.left}, {self.right})"
+
+
+@dataclass(frozen=True)
+class Power(Unary):
+    """``(operand + offset) ** exponent``, element by element: ``-0.5`` and ε for a normalisation's 1/σ."""
+
+    exponent: float
+    offset: float = 0.0
 
     def evaluate(self) -> Tensor:
         value = self.operand.evaluate().to(accumulation_dtype(self.dtype))
         return (value + self.offset).pow(self.exponent).to(self.dtype)
-
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.operand,)
 
     def __str__(self) -> str:
         return f"power({self.operand}, {self.exponent!r}, {self.offset!r})"
 
 
 @dataclass(frozen=True)
-class Pad(Expression):
+class Pad(Unary):
     """``operand`` with ``before[d]`` zeros in front of it and ``after[d]`` behind it along each dimension."""
 
-    operand: Expression
     before: tuple[int, ...]
     after: tuple[int, ...]
 
@@ -99,19 +134,12 @@ class Pad(Expression):
             raise ValueError(f"cannot pad {list(self.operand.shape)} by {self.before} and {self.after}")
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.operand.dtype
-
-    @property
     def shape(self) -> Shape:  # type: ignore[override]
         return tuple(b + size + a for b, size, a in zip(self.before, self.operand.shape, self.after, strict=True))
 
     def evaluate(self) -> Tensor:
         pairs = [amount for pair in zip(reversed(self.before), reversed(self.after), strict=True) for amount in pair]
         return pad(self.operand.evaluate(), pairs)
-
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.operand,)
 
     def __str__(self) -> str:
         return f"pad({self.operand}, {list(self.before)}, {list(self.after)})"

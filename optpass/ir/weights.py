@@ -111,6 +111,24 @@ class Constant(Expression):
 
 
 @dataclass(frozen=True)
+class Unary(Expression):
+    """What is made from one ``operand``; of its dtype and shape, where a subclass says nothing else."""
+
+    operand: Expression
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.operand.dtype
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return self.operand.shape
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.operand,)
+
+
+@dataclass(frozen=True)
 class Cast(Expression):
     """``operand`` in another dtype, rounded to nearest."""
 
@@ -132,10 +150,9 @@ class Cast(Expression):
 
 
 @dataclass(frozen=True)
-class Select(Expression):
+class Select(Unary):
     """``operand`` at ``indices`` along ``dim``: what remains after cutting an axis."""
 
-    operand: Expression
     dim: int
     indices: tuple[int, ...]
 
@@ -146,10 +163,6 @@ class Select(Expression):
             raise ValueError(f"an index is outside dimension {self.dim} of size {size}")
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.operand.dtype
-
-    @property
     def shape(self) -> Shape:  # type: ignore[override]
         shape = self.operand.shape
         dim = self.dim % len(shape)
@@ -158,9 +171,6 @@ class Select(Expression):
     def evaluate(self) -> Tensor:
         index = torch.tensor(self.indices, dtype=torch.long)
         return self.operand.evaluate().index_select(self.dim, index)
-
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.operand,)
 
     def __str__(self) -> str:
         return f"select({self.operand}, dim={self.dim}, {compress(self.indices)})"
@@ -237,19 +247,14 @@ class Reshape(Expression):
 
 
 @dataclass(frozen=True)
-class Permute(Expression):
+class Permute(Unary):
     """``operand`` with its dimensions in the order ``dims``."""
 
-    operand: Expression
     dims: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if sorted(self.dims) != list(range(len(self.operand.shape))):
             raise ValueError(f"{self.dims} is not an order of {len(self.operand.shape)} dimensions")
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.operand.dtype
 
     @property
     def shape(self) -> Shape:  # type: ignore[override]
@@ -259,34 +264,19 @@ class Permute(Expression):
     def evaluate(self) -> Tensor:
         return self.operand.evaluate().permute(self.dims).contiguous()
 
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.operand,)
-
     def __str__(self) -> str:
         return f"permute({self.operand}, {list(self.dims)})"
 
 
 @dataclass(frozen=True)
-class Scale(Expression):
+class Scale(Unary):
     """``operand · factor`` for a scalar, computed in float32 and rounded once."""
 
-    operand: Expression
     factor: float
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.operand.dtype
-
-    @property
-    def shape(self) -> Shape:  # type: ignore[override]
-        return self.operand.shape
 
     def evaluate(self) -> Tensor:
         value = self.operand.evaluate()
         return (value.to(accumulation_dtype(self.dtype)) * self.factor).to(self.dtype)
-
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.operand,)
 
     def __str__(self) -> str:
         return f"scale({self.operand}, {self.factor!r})"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 
@@ -46,6 +47,24 @@ class Options(BaseModel):
     def as_options(self) -> dict[str, Any]:
         """All options with their resolved values, as JSON."""
         return self.model_dump(mode="json")
+
+
+def type_text(annotation: Any) -> str:
+    """An option's type as a recipe's author reads it: ``merge | keep``, ``list of str``, ``path``."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return " | ".join(map(type_text, arguments))
+    if origin in (tuple, list):
+        return f"list of {type_text(arguments[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"{{{', '.join(annotation.model_fields)}}}"
+    if annotation in (Path, None, type(None)):
+        return "path" if annotation is Path else "none"
+    return str(getattr(annotation, "__name__", annotation))
 
 
 def validated(model: type[Model], data: Mapping[str, Any], owner: str, folder: Path | None = None) -> Model:

@@ -13,7 +13,7 @@ from torch import fx
 from optpass.ir.graph import path_of
 from optpass.ir.program import Program
 from optpass.pipeline.contract import Contract
-from optpass.pipeline.options import Options
+from optpass.pipeline.options import Options, type_text
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Pass(Options):
             "contract": str(cls.contract),
             "options": {
                 name: {
-                    "type": getattr(info.annotation, "__name__", str(info.annotation)),
+                    "type": type_text(info.annotation),
                     "default": None if info.is_required() else info.get_default(call_default_factory=True),
                     "required": info.is_required(),
                     "description": info.description or "",

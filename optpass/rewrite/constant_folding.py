@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from optpass.analysis.operators import aten, is_view
+from optpass.analysis.permutations import permutation_of
 from optpass.analysis.uniform import FILLS, FULL
 from optpass.ir.computed import Computed
 from optpass.ir.graph import Graph, path_of
@@ -28,7 +29,7 @@ from optpass.ir.weights import Cast, Constant, Expression, Permute, Reshape
 from optpass.rewrite.common_subexpressions import is_deterministic
 from optpass.rewrite.naming import WeightNames
 from optpass.rewrite.rules import replace
-from optpass.rewrite.views import RESHAPES, permutation_of
+from optpass.rewrite.views import RESHAPES
 
 LIMIT = 1 << 20
 """Bytes of a result that is folded although the weights that it is made from may stay."""
@@ -65,16 +66,39 @@ def fold_constants(program: Program, entry: str) -> tuple[Program, list[Node]]:
     which would be rounded where a check in float32 does not round. Linear in the nodes.
     """
     graph = program.entries[entry]
-    known = _Constants(program, graph).known
-    names, weights, folded = WeightNames(program), {}, []
-    for node in _results(graph, known):
-        name, expression = names.fresh(path_of(node), node.name), _stored(known[node])
+    known = _Constants(program, graph.fx.nodes, bounded=True).known
+    results = _results(graph, known)
+    return _with_stored(program, graph, known, {node: node.name for node in results}), results
+
+
+def fold_values(program: Program, entry: str, leaves: Mapping[Node, str]) -> Program:
+    """Put weights in place of the given values, whatever their size; each is called by its module and its leaf name.
+
+    A value that depends on an input, or is not folded for one of the other reasons of :func:`fold_constants`,
+    stays as it is.
+    """
+    graph = program.entries[entry]
+    above: set[Node] = set()
+    pending = list(leaves)
+    while pending:
+        node = pending.pop()
+        if node not in above:
+            above.add(node)
+            pending.extend(node.all_input_nodes)
+    known = _Constants(program, [node for node in graph.fx.nodes if node in above], bounded=False).known
+    return _with_stored(program, graph, known, {node: leaf for node, leaf in leaves.items() if node in known})
+
+
+def _with_stored(program: Program, graph: Graph, known: dict[Node, Known], leaves: Mapping[Node, str]) -> Program:
+    """The Program in which weights take the place of the nodes in ``leaves``."""
+    names, weights = WeightNames(program), {}
+    for node, leaf in leaves.items():
+        name, expression = names.fresh(path_of(node), leaf), _stored(known[node])
         with graph.before(node):
             weight = graph.weight(name, expression, like=node)
         weights[name] = expression
-        folded.append(node)
         replace(node, weight)
-    return program.with_weights(weights), folded
+    return program.with_weights(weights)
 
 
 def _results(graph: Graph, known: dict[Node, Known]) -> list[Node]:
@@ -105,15 +129,15 @@ def _stored(known: Known) -> Expression:
 
 
 class _Constants:
-    """What of a graph depends on no input, within the bounds."""
+    """What of ``nodes``, which stand in the graph's order, depends on no input; within the bound, or of any size."""
 
-    def __init__(self, program: Program, graph: Graph) -> None:
-        self.weights = program.weights
+    def __init__(self, program: Program, nodes: Iterable[Node], *, bounded: bool) -> None:
+        self.weights, self.bounded = program.weights, bounded
         self.reads = Counter(
             str(node.target) for each in program.entries.values() for node in each.fx.nodes if node.op == "get_attr"
         )
         self.known: dict[Node, Known] = {}
-        for node in graph.fx.nodes:
+        for node in nodes:
             if known := self._look(node):
                 self.known[node] = known
 
@@ -128,7 +152,9 @@ class _Constants:
         below = [self.known[operand] for operand in operands]
         owned = sum(known.owned for operand, known in zip(operands, below, strict=True) if len(operand.users) == 1)
         steps = 1 + sum(known.steps for known in below)
-        if sum(value.nbytes for value in _values(node)) > max(LIMIT, owned) or steps > STEPS or _rounds(node):
+        if self.bounded and sum(value.nbytes for value in _values(node)) > max(LIMIT, owned):
+            return None
+        if steps > STEPS or _rounds(node):
             return None
         if all(known.values is not None for known in below):
             return Known(self._run(node), None, owned, 1)

@@ -7,9 +7,10 @@ from typing import Any
 from torch.fx import Node
 
 from optpass.analysis.operators import POINTWISE_BINARY, POINTWISE_UNARY, aten
+from optpass.analysis.permutations import PERMUTATIONS, composed, permutation_of
 from optpass.ir.graph import Graph, shape_of
 from optpass.rewrite.rules import layout, replace
-from optpass.rewrite.views import PERMUTATIONS, RESHAPES, composed, permutation_of, permuted, spelled
+from optpass.rewrite.views import RESHAPES, permuted, spelled
 
 
 def sink_views(graph: Graph) -> list[Node]:

@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.fx import Node
 
 from optpass.analysis.operators import argument, aten
+from optpass.analysis.permutations import composed, permutation_of
 from optpass.analysis.pieces import Piece, cat_dim, piece_of
 from optpass.ir.graph import Graph, shape_of
 from optpass.ir.weights import Shape
 from optpass.rewrite.pattern import Match
 from optpass.rewrite.rules import Rule, layout
 
-PERMUTATIONS = frozenset(
-    {aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default}
-)
 RESHAPES = frozenset(
     {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 )
 """Operators that keep the values in their order and change the shape."""
-
-
-def permutation_of(node: Any) -> tuple[int, ...] | None:
-    """The order in which a permutation's result has its operand's dimensions; ``None`` for other operators."""
-    if not isinstance(node, Node) or node.target not in PERMUTATIONS:
-        return None
-    rank = len(shape_of(node))
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        dims: Any = argument(node, "dims")
-        return tuple(int(dim) % rank for dim in dims)
-    if node.target is aten.numpy_T.default:
-        return tuple(reversed(order))
-    if rank < 2:
-        return tuple(order)
-    pair = (argument(node, "dim0"), argument(node, "dim1")) if node.target is aten.transpose.int else (-2, -1)
-    order[pair[0]], order[pair[1]] = order[pair[1]], order[pair[0]]
-    return tuple(order)
 
 
 def permuted(graph: Graph, node: Node, order: tuple[int, ...], like: Node) -> Node:
@@ -46,11 +27,6 @@ def permuted(graph: Graph, node: Node, order: tuple[int, ...], like: Node) -> No
     if order == tuple(range(len(order))):
         return node
     return graph.call(aten.permute.default, node, list(order), like=like)
-
-
-def composed(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
-    """The order that ``first`` and then ``second`` come to."""
-    return tuple(first[dim] for dim in second)
 
 
 def spelled(shape: Shape) -> list[int] | None:
@@ -261,20 +237,20 @@ class JoinedPieces(Rule):
         joined: list[Node] = []
         index = 0
         while index < len(parts):
-            length = _whole_run(pieces[index:], dim)
+            length = _whole_run(pieces, index, dim)
             piece = pieces[index]
             joined.append(piece.source if length and piece else parts[index])
             index += max(length, 1)
         return joined
 
 
-def _whole_run(pieces: Sequence[Piece | None], dim: int) -> int:
-    """How many of the first pieces make up their source along ``dim``, from its start to its end; 0 for none."""
-    first = pieces[0]
+def _whole_run(pieces: Sequence[Piece | None], begin: int, dim: int) -> int:
+    """How many pieces from ``begin`` make up their source along ``dim``, from its start to its end; 0 for none."""
+    first = pieces[begin]
     if first is None or first.dim != dim or first.start != 0:
         return 0
     position: Any = 0
-    for count, piece in enumerate(pieces, 1):
+    for count, piece in enumerate(itertools.islice(pieces, begin, None), 1):
         if piece is None or piece.source is not first.source or piece.dim != dim or piece.start != position:
             return 0
         position = piece.stop

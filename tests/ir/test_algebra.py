@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optpass.ir.algebra import Einsum, Eye, Full, Pad, Power
+from optpass.ir.algebra import Einsum, Eye, Full, Pad, Power, Update
 from optpass.ir.weights import Cast, Constant
 
 
@@ -52,3 +52,21 @@ def test_equal_expressions_are_one():
     w = constant(2, 3)
     assert Einsum("oi->o", (w,)) == Einsum("oi->o", (w,))
     assert len({str(Einsum("oi->o", (w,))), str(Einsum("oi->i", (w,)))}) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [1, 90, 1 << 18])
+def test_update_is_a_sum_with_a_product_and_leaves_its_base(dtype, block, monkeypatch):
+    monkeypatch.setattr("optpass.ir.algebra.BLOCK", block)
+    torch.manual_seed(0)
+    base = Constant(torch.randn(6, 4, 3, 3).to(dtype))
+    left, right = constant(6, 2), constant(2, 36)
+    before = base.value.clone()
+    found = Update(base, left, right).evaluate()
+    product = left.value.double() @ right.value.double()
+    expected = (before.double() + product.reshape(6, 4, 3, 3)).to(dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-5)
+    assert torch.equal(base.value, before)
+    with pytest.raises(ValueError, match="cannot add the product"):
+        Update(base, left, constant(2, 35))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from optpass.analysis.permutations import composed, permutation_of
 from optpass.ir.text import operator_name
 from optpass.pipeline.passes import Context
 from optpass.rewrite.rules import apply_rules
-from optpass.rewrite.views import composed, permutation_of, view_rules
+from optpass.rewrite.views import view_rules
 
 GOES = {
     "own shape": (lambda m, x, y: x.reshape(3, 5, 4).sin(), ["sin"]),
