@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
 from pydantic import Field
 from torch.fx import Node
 
-from optpass.analysis.affine.cover import Costlier, Cover, cheapest_cover, is_rearranged, price_of
+from optpass.analysis.affine.cover import Cover, cheapest_cover, is_rearranged, price_of
 from optpass.analysis.affine.forms import Bare, Form, Forms, forms_of
-from optpass.analysis.affine.maps import Affine, Transposed, Uniform, by
-from optpass.analysis.affine.steps import Term
-from optpass.analysis.operators import POINTWISE_BINARY, POINTWISE_UNARY
+from optpass.analysis.affine.reasons import reasons
 from optpass.errors import OptpassError
 from optpass.ir.graph import PATH, Graph, path_of, shape_of
 from optpass.ir.program import Program
-from optpass.ir.weights import Expression, WeightStore
+from optpass.ir.weights import Expression
 from optpass.pipeline.contract import exact
 from optpass.pipeline.passes import Context, Pass
-from optpass.report.units import macs
 from optpass.rewrite.affine import emit, emit_bare
-from optpass.rewrite.naming import WeightNames
+from optpass.rewrite.merged_weights import Made, MergedWeights
 from optpass.rewrite.rules import layout
 
 aten = torch.ops.aten
-ACTIVATION_STEPS = 8
-"""Operators that one activation function is written in at most."""
 
 
 class Reparameterize(Pass):
@@ -68,7 +60,7 @@ class Reparameterize(Pass):
         ]
 
     def run(self, program: Program, context: Context) -> Program:
-        weights = NewWeights(program)
+        weights = MergedWeights(program)
         for entry, graph in program.entries.items():
             # What a round leaves can lie in regions that were cut for their length.
             while True:
@@ -78,7 +70,7 @@ class Reparameterize(Pass):
                     break
                 for node in _Collapse(entry, graph, forms, cover, weights).run():
                     context.rewrote(node, entry)
-            for node, reason in _reasons(graph, forms, cover):
+            for node, reason in reasons(graph, forms, cover):
                 context.decline(node, reason, entry)
         return weights.settled(program)
 
@@ -87,57 +79,10 @@ class Reparameterize(Pass):
         return not self.match or any(fnmatchcase(path, pattern) for pattern in self.match)
 
 
-@dataclass(frozen=True)
-class Made:
-    """What a new weight is: the ``role`` (``weight``, ``bias``) of the layer ``module`` in ``entry``."""
-
-    entry: str
-    module: str
-    role: str
-
-    @property
-    def wish(self) -> str:
-        return ".".join(filter(None, (self.module, self.role)))
-
-
-class NewWeights:
-    """Weights under provisional names, until it is known whose readers are gone and whose names are free."""
-
-    def __init__(self, program: Program) -> None:
-        self.store = dict(program.weights)
-        self.names = WeightNames(program)
-        self.made: dict[str, Made] = {}
-        self.of_layer: dict[str, list[str]] = defaultdict(list)
-
-    def put(self, made: Made, value: Expression) -> str:
-        """A provisional name for ``value``; entries share what is equal."""
-        for name in self.of_layer[made.wish]:
-            if self.made[name].entry != made.entry and self.store[name] == value:
-                return name
-        name = self.names.fresh(made.module, f"merged_{made.role}")
-        self.store[name], self.made[name] = value, made
-        self.of_layer[made.wish].append(name)
-        return name
-
-    def settled(self, program: Program) -> Program:
-        """``program`` with these weights, each under the name of the layer's own where nothing reads that any more."""
-        reads = [node for graph in program.entries.values() for node in graph.fx.nodes if node.op == "get_attr"]
-        taken = {str(node.target) for node in reads}
-        final: dict[str, str] = {}
-        for name, made in self.made.items():
-            if name in taken and made.wish not in taken:
-                final[name] = made.wish
-                taken.add(made.wish)
-                self.store[made.wish] = self.store.pop(name)
-        for node in reads:
-            node.target = final.get(str(node.target), node.target)
-        return replace(program, weights=WeightStore(self.store)).pruned()
-
-
 class _Collapse:
     """Puts the chosen forms of one graph in place; the nodes that were replaced are erased."""
 
-    def __init__(self, entry: str, graph: Graph, forms: Forms, cover: Cover, weights: NewWeights) -> None:
+    def __init__(self, entry: str, graph: Graph, forms: Forms, cover: Cover, weights: MergedWeights) -> None:
         self.entry, self.graph, self.forms, self.cover, self.weights = entry, graph, forms, cover, weights
         self.bare: dict[Node, Node] = {}
         self.result: dict[Node, Node] = {}
@@ -176,7 +121,7 @@ class _Collapse:
 
 
 def _owner(node: Node, form: Form, forms: Forms) -> Node:
-    """Of the nodes between ``node`` and the root of ``form``, the dearest: the layer that the others go into."""
+    """The dearest node between ``node`` and the root of ``form``, the last of equals: the others go into it."""
     root = form.root.node if isinstance(form.root, Bare) else form.root
     seen, pending = {node}, [node]
     while pending:
@@ -185,81 +130,10 @@ def _owner(node: Node, form: Form, forms: Forms) -> Node:
             if term.operand is not root and term.operand not in seen:
                 seen.add(term.operand)
                 pending.append(term.operand)
-    return max(sorted(seen), key=lambda item: price_of(item, forms))
+    return max(sorted(seen, reverse=True), key=lambda item: price_of(item, forms))
 
 
 def _module_of(node: Node) -> str:
     """Where the weights of ``node`` lie: the module that holds the one it reads first, else its own."""
     stored = next((str(item.target) for item in node.all_input_nodes if item.op == "get_attr"), "")
     return stored.rpartition(".")[0] if stored else str(node.meta.get(PATH, ""))
-
-
-def _reasons(graph: Graph, forms: Forms, cover: Cover) -> Iterator[tuple[Node, str]]:
-    """What looked like a place of this pass and is none."""
-    for refusal in forms.refused:
-        yield refusal.node, refusal.reason
-    for left in cover.left:
-        yield left.node, _why_left(left)
-    for weight in forms.constants.exchangeable:
-        for node in weight.users:
-            yield node, f"@{weight.target} can be exchanged after the build"
-    for node in graph.calls:
-        if reason := _why_apart(node, forms):
-            yield node, reason
-
-
-def _why_left(left: Costlier) -> str:
-    root = left.form.root
-    source = f"%{root.node.name} without its scale and shift" if isinstance(root, Bare) else f"%{root.name}"
-    what = f"{_named(left.form)} on {source}"
-    if left.price.macs > left.kept.macs == 0:
-        return f"{what} would take {macs(left.price.macs)} more: what it would go into has other readers"
-    if left.price.macs > left.kept.macs:
-        return f"{what} would take {macs(left.price.macs)}, what it replaces takes {macs(left.kept.macs)}"
-    if left.price.macs == left.kept.macs and left.price.weights > left.kept.weights:
-        more, less = (f"{int(price.weights):,}" for price in (left.price, left.kept))
-        return f"{what} would hold {more} weight elements, what it replaces holds {less}"
-    return f"{what} would save nothing: what lies between has other readers"
-
-
-def _named(form: Form) -> str:
-    made = form.map
-    if isinstance(made, Transposed):
-        return f"one transposed convolution {made.inputs}→{made.outputs}"
-    if isinstance(made, Uniform) or made.is_elementwise:
-        return "a scale and shift"
-    kind = f"{by(made.kernel)} convolution" if made.spatial else "linear layer"
-    groups = f" in {made.groups} groups" if made.groups > 1 else ""
-    return f"one {kind} {made.inputs}→{made.outputs}{groups}"
-
-
-def _why_apart(node: Node, forms: Forms) -> str | None:
-    """Why a product with a factor that is no constant parts what is linear; x·σ(x) and its kind are none."""
-    if node.target is not aten.mul.Tensor or node in forms.steps or node in forms.computed:
-        return None
-    linear, factor = node.args[:2]
-    if linear not in forms.steps:
-        linear, factor = factor, linear
-    if not isinstance(factor, Node) or not isinstance(linear, Node) or linear not in forms.steps:
-        return None
-    if factor in forms.computed:
-        return f"the factor %{factor.name} is arithmetic on weights: fold constants first"
-    into = any(_is_layer(term) for user in node.users for term in forms.steps.get(user, ()))
-    if forms.constants(factor) is not None or not into or _is_pointwise_of(factor, linear):
-        return None
-    return f"the factor %{factor.name} depends on the input: what is linear before and after stays apart"
-
-
-def _is_layer(term: Term) -> bool:
-    return not isinstance(term.map, Uniform) and not (isinstance(term.map, Affine) and term.map.is_elementwise)
-
-
-def _is_pointwise_of(node: Node, source: Node) -> bool:
-    """Whether only operators that work element by element lead from ``source`` to ``node``."""
-    for _ in range(ACTIVATION_STEPS):
-        if node is source:
-            return True
-        if node.target not in POINTWISE_UNARY | POINTWISE_BINARY or not isinstance(node.args[0], Node):
-            return False
-        node = node.args[0]
-    return False

@@ -18,6 +18,7 @@ from optpass.ir.weights import Constant
 from optpass.passes.reparameterize import Reparameterize
 from optpass.pipeline.manager import run_pass, run_passes
 from optpass.pipeline.recipe import Step
+from optpass.pipeline.registry import pass_class
 from optpass.pipeline.verification import Verification
 from optpass.testing import randomised
 
@@ -150,6 +151,26 @@ def test_chains(capture_module, build, x, left):
     program, _ = capture_module(build, x=x)
     after, _ = reparameterized(program)
     assert names(after) == (left or ["mul.Tensor", "add.Tensor"])
+
+
+def test_a_batch_norm_written_out_is_folded_behind_simplify(capture_module):
+    """DETR's frozen BatchNorm is arithmetic on buffers, which is simplify's business."""
+    scale = lambda m: m.n.weight * torch.rsqrt(m.n.running_var + m.n.eps)  # noqa: E731
+    shift = lambda m: m.n.bias - m.n.running_mean * scale(m)  # noqa: E731
+    wide = lambda v: v.reshape(1, -1, 1, 1)  # noqa: E731
+    build = of(
+        lambda m, x: torch.relu(m.c(x) * wide(scale(m)) + wide(shift(m))),
+        c=conv(6, 8, 3),
+        n=lambda: nn.BatchNorm2d(8),
+    )
+    program, _ = capture_module(build, x=IMAGE)
+    _, record = reparameterized(program)
+    assert not record.modified
+    assert "is arithmetic on weights: fold constants first" in reasons(record)[0]
+    simplified, _ = run_pass(program, Step("simplify", pass_class("simplify")()))
+    after, _ = reparameterized(simplified)
+    assert names(after) == ["conv2d", "relu"]
+    assert set(after.weights) == {"c.weight", "c.bias"}
 
 
 def test_batch_norm_in_one_and_three_dimensions(capture_module):
@@ -423,6 +444,18 @@ def test_open_sizes_stay_open(tmp_path):
     assert record.sites == ("1", "4")
     assert names(after) == ["conv2d", "relu", "conv2d"]
     assert shape_of(after.entries["full"].calls[-1]) == shape_of(program.entries["full"].calls[-1])
+
+
+def test_an_open_size_is_no_constant(tmp_path):
+    """A sum with the number of rows, which is known in the call, parts two layers."""
+    text = FACTORY.replace("def model_inputs", "class Shifted(nn.Module):\n    def forward(self, x):\n"
+                           "        return x + x.shape[0]\n\ndef model_inputs")  # fmt: skip
+    text = text.replace("strided, nn.BatchNorm2d(4), nn.ReLU()", "strided, Shifted()")
+    (tmp_path / "model.py").write_text(text)
+    program = capture(f"{tmp_path}/model.py:model", inputs={"input": ("1..4", 3, 9, 8)})
+    after, record = run_pass(program, STEP)
+    assert record.sites == ("3",)
+    assert names(after) == ["sym_size.int", "conv2d", "add.Tensor", "conv2d"]
 
 
 def test_structure_only(tmp_path):

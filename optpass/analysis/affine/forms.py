@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -106,16 +106,7 @@ def _readers(graph: Graph) -> Counter[str]:
 
 def _composed(found: Forms, node: Node, term: Term) -> tuple[Form, ...]:
     """``term`` over each form of its operand."""
-    forms = []
-    for form in found.upto(term.operand):
-        if not _same_channels(term.map, form.map):
-            break
-        try:
-            forms.append(Form(form.root, compose(term.map, form.map), form.depth + 1))
-        except NotExactError as refusal:
-            found.refused.append(Refusal(node, str(refusal)))
-            break
-    return tuple(forms)
+    return tuple(_after(found, node, term.map, 1, found.upto(term.operand)))
 
 
 def _summed(found: Forms, node: Node, step: Step) -> tuple[Form, ...]:
@@ -126,7 +117,6 @@ def _summed(found: Forms, node: Node, step: Step) -> tuple[Form, ...]:
     if common is None:
         return ()
     other = others[common.root]
-    depth = max(common.depth, other.depth) + 1
     try:
         a, b = compose(left.map, common.map), compose(right.map, other.map)
         if not _same_channels(a, b):
@@ -135,17 +125,21 @@ def _summed(found: Forms, node: Node, step: Step) -> tuple[Form, ...]:
     except NotExactError as refusal:
         found.refused.append(Refusal(node, str(refusal)))
         return ()
-    forms = [Form(common.root, total, depth)]
+    nearest = Form(common.root, total, max(common.depth, other.depth) + 1)
     deeper = found.of.get(common.root, ()) if isinstance(common.root, Node) else ()
-    for form in deeper:
-        if not _same_channels(total, form.map):
-            break
+    return (nearest, *_after(found, node, total, nearest.depth, deeper))
+
+
+def _after(found: Forms, node: Node, outer: Map, depth: int, forms: Iterable[Form]) -> Iterator[Form]:
+    """``outer``, which ends in ``node`` and is ``depth`` steps, over each of ``forms`` until one is not exact."""
+    for form in forms:
+        if not _same_channels(outer, form.map):
+            return
         try:
-            forms.append(Form(form.root, compose(total, form.map), form.depth + depth))
+            yield Form(form.root, compose(outer, form.map), form.depth + depth)
         except NotExactError as refusal:
             found.refused.append(Refusal(node, str(refusal)))
-            break
-    return tuple(forms)
+            return
 
 
 def _same_channels(outer: Map, inner: Map) -> bool:
