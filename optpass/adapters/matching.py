@@ -74,6 +74,7 @@ class _Matching:
     flat: Mapping[str, list[str]] = field(init=False)
     weights: dict[str, Adaptation] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
+    hints: int = 0
 
     def __post_init__(self) -> None:
         self.sites = sites(self.program)
@@ -91,10 +92,8 @@ class _Matching:
             if refusal := self._other_component(module, adaptation.key) or self._adapt(module, adaptation):
                 self.refused.append(refusal)
         for key, (module, what) in self.adapter.unsupported.items():
-            near = self._nearest(module)
-            self.refused.append(
-                self._other_component(module, key) or Refusal(key, f"{what}, which is not merged{near}")
-            )
+            refusal = self._other_component(module, key)
+            self.refused.append(refusal or Refusal(key, f"{what}, which is not merged{self._nearest(module)}"))
 
     def _adapt(self, module: ModuleKey, adaptation: Adaptation) -> Refusal | None:
         """Put ``adaptation`` to its weight, or say why not."""
@@ -140,6 +139,10 @@ class _Matching:
         return f"no layer that the model runs is called {module.path}{self._nearest(module)}"
 
     def _nearest(self, module: ModuleKey) -> str:
+        """A hint for the first few keys: more are not shown, and each is a search through all names."""
+        self.hints += 1
+        if self.hints > SHOWN:
+            return ""
         known = {name: paths[0] for name, paths in self.flat.items()} if module.flat else self.names
         return _closest(module.path, known)
 

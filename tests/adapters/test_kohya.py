@@ -138,6 +138,20 @@ def test_lycoris(program, merge, worst_difference, tmp_path, name):
     assert worst_difference(after, weights_after(small_unet().state_dict(), path, change)) <= 1e-6
 
 
+def test_linears_written_as_convolutions(program, merge, worst_difference, tmp_path):
+    """And the other way round: sd-scripts follows the model that it trained on."""
+    tensors: dict[str, Tensor] = {}
+    expected = small_unet().state_dict()
+    for path, (down, up) in factors(small_unet(), ("attn1.to_q", "proj_in")).items():
+        flip = (lambda x: x[:, :, 0, 0]) if down.ndim == 4 else (lambda x: x[:, :, None, None])
+        tensors |= module(flat(path), flip(down).contiguous(), flip(up).contiguous(), 2.0)
+        expected[f"{path}.weight"] = expected[f"{path}.weight"] + torch.einsum("or...,ri...->oi...", up, down)
+    save_file(tensors, tmp_path / "a.safetensors")
+    after, record = merge(program, tmp_path / "a.safetensors")
+    assert len(record.sites) == len(tensors) // 3
+    assert worst_difference(after, expected) <= 1e-6
+
+
 @pytest.mark.parametrize("axis", ["out", "in"])
 @pytest.mark.parametrize("path", [CONV, LINEAR])
 def test_dora_scale_of_either_axis(program, merge, worst_difference, tmp_path, path, axis):

@@ -154,8 +154,8 @@ def report(
         "# Merging a LoRA",
         "",
         f"SD 1.5's UNet, 860 M random float16 weights; a LoRA of rank {RANK} on {LAYERS} linears. {os.cpu_count()} CPU "
-        f"cores ({platform.machine()}), {memory:.0f} GB of memory; one thread each. Of {RUNS} runs in turn, the least of "
-        "each figure (what else runs on a machine only adds to it), and the most of memory.",
+        f"cores ({platform.machine()}), {memory:.0f} GB of memory; one thread each. Of {RUNS} runs in turn, the least "
+        "of each figure (what else runs on a machine only adds to it), and the most of memory.",
         "",
         "| | wall s | CPU s | of it files to file | peak anonymous MB | CPU s by phase |",
         "|---|---|---|---|---|---|",
