@@ -10,15 +10,14 @@ from optpass.adapters.adaptation import Adaptation
 from optpass.adapters.keys import ModuleKey
 from optpass.adapters.ldm_names import ldm_names
 from optpass.adapters.reading import Adapter
-from optpass.adapters.sites import Site, sites
-from optpass.capture.configs import PIPELINE_INDEX
-from optpass.capture.diffusers_pipeline import DENOISERS
+from optpass.adapters.sites import SUFFIX, Site, sites
+from optpass.capture.configs import DENOISERS, PIPELINE_INDEX
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
-from optpass.ir.weights import dtype_name
-from optpass.runtime.folder import neural_components
+from optpass.ir.weights import Expression, dtype_name
 
 SHOWN = 5
+UNKNOWN = Origin("weights")
 TOWERS = ("text_model", "vision_model")
 FOREIGN = ("double_blocks", "single_blocks", "joint_blocks", "input_blocks", "middle_block", "output_blocks")
 """Modules of the code that a model was published with, under other names and cut otherwise in diffusers."""
@@ -51,7 +50,26 @@ def match_adapter(adapter: Adapter, program: Program, *, strict: bool = True) ->
         UserError: a key matches nothing (the nearest module is named), does not fit the weight's shape, or is
             of a kind that is not merged; or no key at all matches.
     """
-    found = _Matching(adapter, program)
+    return _matched(_Matching(adapter, program.weights, sites(program), program.origin), strict)
+
+
+def match_weights(
+    adapter: Adapter, weights: Mapping[str, Expression], *, origin: Origin = UNKNOWN, strict: bool = True
+) -> Matched:
+    """:func:`match_adapter` by names and shapes alone, where no graph says what reads the ``weights``.
+
+    Every ``PATH.weight`` of two dimensions or more is taken for a linear's or convolution's own.
+
+    Raises:
+        UserError: as :func:`match_adapter`.
+    """
+    named = [name for name, weight in weights.items() if name.endswith(SUFFIX) and len(weight.shape) > 1]
+    layers = {name.removesuffix(SUFFIX): Site(name, ()) for name in named}
+    return _matched(_Matching(adapter, weights, layers, origin), strict)
+
+
+def _matched(found: _Matching, strict: bool) -> Matched:
+    adapter = found.adapter
     found.run()
     serious = [refusal for refusal in found.refused if not refusal.harmless]
     if serious and (strict or not found.weights):
@@ -68,8 +86,9 @@ def match_adapter(adapter: Adapter, program: Program, *, strict: bool = True) ->
 @dataclass
 class _Matching:
     adapter: Adapter
-    program: Program
-    sites: Mapping[str, Site] = field(init=False)
+    store: Mapping[str, Expression]
+    sites: Mapping[str, Site]
+    origin: Origin
     names: Mapping[str, str] = field(init=False)
     flat: Mapping[str, list[str]] = field(init=False)
     weights: dict[str, Adaptation] = field(default_factory=dict)
@@ -77,12 +96,11 @@ class _Matching:
     hints: int = 0
 
     def __post_init__(self) -> None:
-        self.sites = sites(self.program)
         self.names = {**_towers(self.sites), **ldm_names(self.sites), **{path: path for path in self.sites}}
         self.flat = _flattened(self.names)
-        origin = self.program.origin
         # A component of a pipeline, or the path of a module that was captured out of its model.
-        self.own, self.inside = (origin.component, "") if origin.pipeline else ("", origin.component)
+        component = self.origin.component
+        self.own, self.inside = (component, "") if self.origin.pipeline else ("", component)
         keys = [*self.adapter.modules, *(module for module, _ in self.adapter.unsupported.values())]
         # Of a model alone nobody says which component it is: it is the one whose modules it has.
         self.resolved = {module.component for module in keys if self._paths(module)}
@@ -106,7 +124,7 @@ class _Matching:
         if site.weight in self.weights:
             other = self.weights[site.weight].key
             return Refusal(adaptation.key, f"changes {site.weight}, and so does {other!r} of the same file")
-        shape, dtype = self.program.weights[site.weight].shape, self.program.weights[site.weight].dtype
+        shape, dtype = self.store[site.weight].shape, self.store[site.weight].dtype
         if not dtype.is_floating_point:
             return Refusal(adaptation.key, f"{site.weight} is {dtype_name(dtype)}; merge before the model is quantized")
         try:
@@ -128,7 +146,7 @@ class _Matching:
     def _unresolved(self, module: ModuleKey, paths: list[str]) -> str:
         if paths:
             return f"the underscores of {module.path} can be {paths[0]} or {paths[1]}"
-        own = sorted(name for name in self.program.weights if name.startswith(f"{module.path}."))
+        own = sorted(name for name in self.store if name.startswith(f"{module.path}."))
         if own:
             return f"{module.path} has no weight called {module.path}.weight, but {own[0]}"
         if module.path.startswith(FOREIGN):
@@ -153,7 +171,7 @@ class _Matching:
             return Refusal(key, f"is outside of {self.inside}, which was captured alone", harmless=True)
         if not named or self._is_own(module):
             return None
-        known = _components(self.program.origin)
+        known = _components(self.origin)
         if named in known:
             return Refusal(key, f"belongs to component {named}; give it merge-lora under components:", harmless=True)
         if known:
@@ -179,6 +197,8 @@ def _components(origin: Origin) -> list[str]:
     """The models of the pipeline that the Program is of; empty where it is of none."""
     if not origin.pipeline or origin.path is None or not (origin.path / PIPELINE_INDEX).is_file():
         return []
+    from optpass.runtime.folder import neural_components
+
     return neural_components(origin.path)
 
 

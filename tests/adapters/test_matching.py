@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from optpass.adapters.matching import match_adapter
+from optpass.adapters.matching import match_adapter, match_weights
 from optpass.adapters.reading import Adapter, read_adapter
 from optpass.errors import UserError
 from optpass.ir.program import Origin
@@ -68,6 +68,16 @@ def test_many_keys_are_counted(layers, tmp_path):
     given = adapter(tmp_path, **{f"blocks__{index}__to_q": (4, 4) for index in range(9)})
     with pytest.raises(UserError, match=r"9 keys cannot be merged:\n(  .*\n){5}  and 4 more"):
         match_adapter(given, layers)
+
+
+def test_by_names_and_shapes_alone(layers, tmp_path):
+    given = adapter(tmp_path, block__to_q=(12, 8), lora_unet_point=(8, 8))
+    found = match_weights(given, layers.weights)
+    assert {name: item.keys for name, item in found.weights.items()} == {
+        name: item.keys for name, item in match_adapter(given, layers).weights.items()
+    }
+    with pytest.raises(UserError, match=r"did you mean 'block\.to_q'\?"):
+        match_weights(adapter(tmp_path, block__to_g=(12, 8)), layers.weights)
 
 
 class Shared(nn.Module):
