@@ -165,7 +165,9 @@ def _adaptation(
     module: ModuleKey, keys: Mapping[str, str], tensors: Mapping[str, Expression], settings: Settings, file: Path
 ) -> Adaptation:
     kind = _kind(keys, file)
-    names = {name.rpartition(".")[2]: key for name, key in keys.items()}
+    # Factors first: the first key is what messages call the module by.
+    ordered = sorted(keys.items(), key=lambda item: item[0] in ("alpha", "magnitude"))
+    names = {name.rpartition(".")[2]: key for name, key in ordered}
     factors = {name: tensors[key] for name, key in names.items() if name not in ("alpha", "magnitude")}
     _check_complete(kind, names, file)
     _check_ranks(kind, factors, names, file)

@@ -87,6 +87,7 @@ def test_a_text_encoder_of_an_adapter_for_both(program, merge, worst_difference,
     adapted = ("mlp.fc2", "self_attn.q_proj")
     assert set(record.sites) == {f"encoder.layers.{layer}.{name}" for layer in (0, 1) for name in adapted}
     [left] = record.declined
+    assert left.path.endswith("to_q.lora_down.weight")
     assert left.reason == "belongs to component unet, and this model is captured alone (8 modules)"
     expected = {name: value.clone() for name, value in encoder.state_dict().items()}
     for path, (down, up) in factors(encoder, ("q_proj", "fc2")).items():
