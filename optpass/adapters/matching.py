@@ -11,13 +11,11 @@ from optpass.adapters.adaptation import Adaptation
 from optpass.adapters.keys import ModuleKey
 from optpass.adapters.ldm_names import ldm_names
 from optpass.adapters.reading import Adapter
-from optpass.adapters.sites import Site, sites
-from optpass.capture.configs import PIPELINE_INDEX
-from optpass.capture.diffusers_pipeline import DENOISERS
+from optpass.adapters.sites import SUFFIX, Site, sites
+from optpass.capture.configs import DENOISERS, PIPELINE_INDEX
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Expression, dtype_name
-from optpass.runtime.folder import neural_components
 
 SHOWN = 5
 TOWERS = ("text_model", "vision_model")
@@ -71,6 +69,15 @@ class Adaptable:
             module="" if origin.pipeline else origin.component,
         )
 
+    @classmethod
+    def of_weights(cls, weights: Mapping[str, Expression]) -> Self:
+        """Names and shapes alone, where no graph says what reads the weights.
+
+        Every ``PATH.weight`` of two dimensions or more is taken for a linear's or convolution's own.
+        """
+        named = [name for name, weight in weights.items() if name.endswith(SUFFIX) and len(weight.shape) > 1]
+        return cls({name.removesuffix(SUFFIX): Site(name, ()) for name in named}, weights)
+
 
 def match_adapter(adapter: Adapter, model: Adaptable, *, strict: bool = True) -> Matched:
     """Find each module of ``adapter`` in ``model``, whose linears and convolutions it may change.
@@ -104,6 +111,7 @@ class _Matching:
     flat: Mapping[str, list[str]] = field(init=False)
     weights: dict[str, Adaptation] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
+    hints: int = 0
 
     def __post_init__(self) -> None:
         paths = self.model.sites
@@ -119,10 +127,8 @@ class _Matching:
             if refusal := self._other_component(module, adaptation.key) or self._adapt(module, adaptation):
                 self.refused.append(refusal)
         for key, (module, what) in self.adapter.unsupported.items():
-            near = self._nearest(module)
-            self.refused.append(
-                self._other_component(module, key) or Refusal(key, f"{what}, which is not merged{near}")
-            )
+            refusal = self._other_component(module, key)
+            self.refused.append(refusal or Refusal(key, f"{what}, which is not merged{self._nearest(module)}"))
 
     def _adapt(self, module: ModuleKey, adaptation: Adaptation) -> Refusal | None:
         """Put ``adaptation`` to its weight, or say why not."""
@@ -169,6 +175,10 @@ class _Matching:
         return f"{self.model.absent} {module.path}{self._nearest(module)}"
 
     def _nearest(self, module: ModuleKey) -> str:
+        """A hint for the first few keys: more are not shown, and each is a search through all names."""
+        self.hints += 1
+        if self.hints > SHOWN:
+            return ""
         known = {name: paths[0] for name, paths in self.flat.items()} if module.flat else self.names
         return _closest(module.path, known)
 
@@ -205,6 +215,8 @@ def _components(origin: Origin) -> list[str]:
     """The models of the pipeline that the Program is of; empty where it is of none."""
     if not origin.pipeline or origin.path is None or not (origin.path / PIPELINE_INDEX).is_file():
         return []
+    from optpass.runtime.folder import neural_components
+
     return neural_components(origin.path)
 
 

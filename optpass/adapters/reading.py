@@ -24,6 +24,7 @@ from optpass.untrusted import read_json
 CONFIG = "adapter_config.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 FILES = (*PEFT_FILES, "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+PEFT_PREFIX = "base_model.model."
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps the adapter's configuration in a safetensors header."""
 
@@ -145,10 +146,12 @@ def _check_alphas(grouped: Mapping[ModuleKey, Mapping[str, str]], settings: Sett
     """What is assumed where a file says no ``alpha``.
 
     Raises:
-        UserError: some modules have one and others not.
+        UserError: some modules have one and others not, or peft's configuration is missing.
     """
     bare = {module: keys for module, keys in grouped.items() if not settings.covers(module)}
     without = [keys for keys in bare.values() if "alpha" not in keys]
+    if key := next((key for keys in without for key in keys.values() if key.startswith(PEFT_PREFIX)), ""):
+        raise UserError(f"{file}: {key!r} is of peft, whose alpha stands in {CONFIG}; it is not beside the file")
     if without and len(without) < len(bare):
         key = next(iter(without[0].values()))
         raise UserError(
@@ -162,7 +165,9 @@ def _adaptation(
     module: ModuleKey, keys: Mapping[str, str], tensors: Mapping[str, Expression], settings: Settings, file: Path
 ) -> Adaptation:
     kind = _kind(keys, file)
-    names = {name.rpartition(".")[2]: key for name, key in keys.items()}
+    # Factors first: the first key is what messages call the module by.
+    ordered = sorted(keys.items(), key=lambda item: item[0] in ("alpha", "magnitude"))
+    names = {name.rpartition(".")[2]: key for name, key in ordered}
     factors = {name: tensors[key] for name, key in names.items() if name not in ("alpha", "magnitude")}
     _check_complete(kind, names, file)
     _check_ranks(kind, factors, names, file)

@@ -11,6 +11,8 @@ from optpass.untrusted import read_json
 
 CONFIG = "config.json"
 PIPELINE_INDEX = "model_index.json"
+DENOISERS = ("unet", "transformer")
+"""What pipelines call the model that their loop runs."""
 
 
 def config_path(path: Path) -> Path | None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from optpass.capture import diffusers_model, transformers_model
-from optpass.capture.configs import PIPELINE_INDEX, config_path
+from optpass.capture.configs import DENOISERS, PIPELINE_INDEX, config_path
 from optpass.capture.export import ENTRY, export_program
 from optpass.capture.inputs import BUILDERS, Dim, Inputs, inputs_of_example
 from optpass.capture.pipeline_calls import MethodCall, observe_calls
@@ -31,7 +31,6 @@ from optpass.runtime.folder import neural_components
 from optpass.untrusted import inside, read_json
 
 DESCRIPTION = "a diffusers pipeline: a folder with model_index.json"
-DENOISERS = ("unet", "transformer")
 LIBRARIES = ("diffusers", "transformers")
 GUIDED_BATCH = 2
 """Classifier-free guidance runs the conditional and the unconditional half as one batch."""

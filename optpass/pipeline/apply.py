@@ -11,7 +11,7 @@ from typing import Any
 
 from optpass import __version__
 from optpass.analysis.cost import measure
-from optpass.capture.diffusers_pipeline import DENOISERS
+from optpass.capture.configs import DENOISERS
 from optpass.capture.digest import identified
 from optpass.capture.precision import precision
 from optpass.capture.sources import capture, capture_pipeline

@@ -87,6 +87,7 @@ def test_a_text_encoder_of_an_adapter_for_both(program, merge, worst_difference,
     adapted = ("mlp.fc2", "self_attn.q_proj")
     assert set(record.sites) == {f"encoder.layers.{layer}.{name}" for layer in (0, 1) for name in adapted}
     [left] = record.declined
+    assert left.path.endswith("to_q.lora_down.weight")
     assert left.reason == "belongs to component unet, and this model is captured alone (8 modules)"
     expected = {name: value.clone() for name, value in encoder.state_dict().items()}
     for path, (down, up) in factors(encoder, ("q_proj", "fc2")).items():
@@ -136,6 +137,20 @@ def test_lycoris(program, merge, worst_difference, tmp_path, name):
     after, record = merge(program, tmp_path / "a.safetensors")
     assert record.sites == (path,)
     assert worst_difference(after, weights_after(small_unet().state_dict(), path, change)) <= 1e-6
+
+
+def test_linears_written_as_convolutions(program, merge, worst_difference, tmp_path):
+    """And the other way round: sd-scripts follows the model that it trained on."""
+    tensors: dict[str, Tensor] = {}
+    expected = small_unet().state_dict()
+    for path, (down, up) in factors(small_unet(), ("attn1.to_q", "proj_in")).items():
+        flip = (lambda x: x[:, :, 0, 0]) if down.ndim == 4 else (lambda x: x[:, :, None, None])
+        tensors |= module(flat(path), flip(down).contiguous(), flip(up).contiguous(), 2.0)
+        expected[f"{path}.weight"] = expected[f"{path}.weight"] + torch.einsum("or...,ri...->oi...", up, down)
+    save_file(tensors, tmp_path / "a.safetensors")
+    after, record = merge(program, tmp_path / "a.safetensors")
+    assert len(record.sites) == len(tensors) // 3
+    assert worst_difference(after, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])

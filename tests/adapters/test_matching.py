@@ -74,6 +74,16 @@ def test_many_keys_are_counted(layers, tmp_path):
         match(given, layers)
 
 
+def test_by_names_and_shapes_alone(layers, tmp_path):
+    given = adapter(tmp_path, block__to_q=(12, 8), lora_unet_point=(8, 8))
+    found = match_adapter(given, Adaptable.of_weights(layers.weights))
+    assert {name: item.keys for name, item in found.weights.items()} == {
+        name: item.keys for name, item in match(given, layers).weights.items()
+    }
+    with pytest.raises(UserError, match=r"did you mean 'block\.to_q'\?"):
+        match_adapter(adapter(tmp_path, block__to_g=(12, 8)), Adaptable.of_weights(layers.weights))
+
+
 class Shared(nn.Module):
     """A weight of two modules, one that an embedding reads, and one under another name than ``weight``."""
 

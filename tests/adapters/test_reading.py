@@ -97,24 +97,34 @@ def test_configurations(tmp_path, config, message):
         ({"x.lokr_w1": PAIR[B]}, "half of a pair: its module has no w2 or w2_a"),
         ({"x.alpha": torch.ones(())}, "'x.alpha' are without factors"),
         ({**PAIR, "base_model.model.block.to_q.lokr_w1": PAIR[A]}, "are of several kinds"),
-        ({**PAIR, "block.to_q.lora_A.weight": PAIR[A]}, "both are the down of block.to_q"),
+        ({**PAIR, "unet.block.to_q.lora.down.weight": PAIR[A]}, "both are the down of unet.block.to_q"),
         ({"x.ia3_l": PAIR[A]}, "holds no LoRA, LoHa or LoKr: IA³"),
         ({}, "holds no LoRA, LoHa or LoKr: it is empty"),
-        ({**PAIR, "block.to_q.alpha": torch.ones(2)}, r"alpha' is \[2\] where a single number belongs"),
-        ({**PAIR, "block.to_q.alpha": torch.tensor(float("nan"))}, "alpha' is nan; the adapter is damaged"),
+        ({**PAIR, "unet.block.to_q.alpha": torch.ones(2)}, r"alpha' is \[2\] where a single number belongs"),
+        ({**PAIR, "unet.block.to_q.alpha": torch.tensor(float("nan"))}, "alpha' is nan; the adapter is damaged"),
     ],
 )
 def test_tensors(tmp_path, tensors, message):
-    save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / "lora.safetensors")
+    # Without peft's prefix, which asks for a configuration.
+    plain = {key.replace("base_model.model.block", "unet.block"): tensor.clone() for key, tensor in tensors.items()}
+    save_file(plain, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match=message):
         read_adapter(tmp_path / "lora.safetensors")
 
 
 def test_a_configuration_is_of_peft_s_file_only(tmp_path):
     folder(tmp_path)
-    save_file(PAIR, tmp_path / "other.safetensors")
-    [adaptation] = read_adapter(tmp_path / "other.safetensors").modules.values()
-    assert adaptation.scale == 1.0
+    plain = {key.removeprefix("base_model.model."): tensor for key, tensor in PAIR.items()}
+    save_file(plain, tmp_path / "other.safetensors")
+    adapter = read_adapter(tmp_path / "other.safetensors")
+    assert [adaptation.scale for adaptation in adapter.modules.values()] == [1.0]
+    assert adapter.notes == ("no alpha in the file: taken as the rank, so that the scale is 1",)
+
+
+def test_peft_s_file_without_its_configuration(tmp_path):
+    (folder(tmp_path) / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"lora_A\.weight' is of peft, whose alpha stands in adapter_config\.json"):
+        read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,6 +1,6 @@
 """One merge of an adapter into a UNet's checkpoint, in a process of its own: by peft or by optpass.
 
-python merging.py peft|optpass CHECKPOINT ADAPTER OUT
+python merging.py peft|optpass|pass CHECKPOINT ADAPTER OUT
 
 Prints the CPU seconds (user and system, all threads) of each phase as JSON.
 """
@@ -55,7 +55,27 @@ def _dtype(checkpoint: Path) -> Any:
 
 
 def by_optpass(checkpoint: Path, adapter: Path, out: Path, phase: Phases) -> None:
-    """The same through the library: capture, the pass with the manager's checks around it, the streaming writer."""
+    """The same, from weights to weights: matched by name, merged lazily, streamed and hashed."""
+    with phase("import"):
+        from optpass.adapters.adaptation import merged
+        from optpass.adapters.matching import Adaptable, match_adapter
+        from optpass.adapters.reading import read_adapter
+        from optpass.capture.checkpoint_weights import folder_weights
+        from optpass.ir.safetensors_io import write_safetensors
+    with phase("load"):
+        weights, found = folder_weights(checkpoint), read_adapter(adapter)
+        assert weights is not None
+        found.check_finite()
+    with phase("merge"):
+        matched = match_adapter(found, Adaptable.of_weights(weights)).weights
+        weights |= {name: merged(weights[name], [(adaptation, 1.0)]) for name, adaptation in matched.items()}
+    with phase("write"):
+        out.mkdir()
+        write_safetensors(weights, out / WEIGHTS, metadata={"format": "pt"})
+
+
+def by_pass(checkpoint: Path, adapter: Path, out: Path, phase: Phases) -> None:
+    """The pass ``merge-lora``: capture, the pass with the manager's checks around it, the same writer."""
     with phase("import"):
         import diffusers  # noqa: F401 what capture imports when it builds the model
 
@@ -76,5 +96,5 @@ def by_optpass(checkpoint: Path, adapter: Path, out: Path, phase: Phases) -> Non
 if __name__ == "__main__":
     way, *paths = sys.argv[1:]
     phases = Phases()
-    {"peft": by_peft, "optpass": by_optpass}[way](*map(Path, paths), phases)
+    {"peft": by_peft, "optpass": by_optpass, "pass": by_pass}[way](*map(Path, paths), phases)
     print(json.dumps(phases.seconds))
