@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
 
-from optpass.analysis.operators import argument
 from optpass.ir.graph import path_of
 from optpass.ir.program import Program
 from optpass.ir.text import operator_name
@@ -70,14 +68,5 @@ def sites(program: Program) -> dict[str, Site]:
     for entry, graph in program.entries.items():
         for node in graph.fx.nodes:
             if node.op == "get_attr" and str(node.target).endswith(SUFFIX):
-                readers[str(node.target)] += [Reader(entry, user) for user in node.users if _reads(user, node)]
+                readers[str(node.target)] += [Reader(entry, user) for user in node.users]
     return {name.removesuffix(SUFFIX): Site(name, tuple(found)) for name, found in readers.items() if found}
-
-
-def _reads(user: Node, weight: Node) -> bool:
-    return user.op in ("call_function", "output")
-
-
-def bias_of(node: Node) -> Any:
-    """The bias of a linear or convolution; ``None`` without."""
-    return argument(node, "bias")
