@@ -85,8 +85,9 @@ def _timings(optpass: Command, folder: Path) -> tuple[list[Timed], list[Timed]]:
 
 def _clips(bundle: Path | None) -> Tensor:
     unet = load(bundle) if bundle is not None else None
-    frames: Tensor = ClassToVideoPipeline.load(CHECKPOINT, unet=unet)(LABELS, seed=0).frames
-    return frames
+    pipeline = ClassToVideoPipeline.load(CHECKPOINT, unet=unet)
+    # The engines take one clip, with and without its class.
+    return torch.cat([pipeline([label], seed=label).frames for label in LABELS.tolist()])
 
 
 def _contents(bundle: Path) -> dict[str, str]:
