@@ -151,6 +151,8 @@ def reasons(declined: Sequence[Mapping[str, str]]) -> dict[str, int]:
 def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:
     for gate in report["gates"]:
         yield f"gate {escape(gate['metric'])} after {escape(gate['after'])}: {gate['value']:.4g}, held"
+    if added := report.get("added"):
+        yield f"the original has what {escape(' and '.join(added))} put in, in its plain form"
     if difference := report.get("engine_difference"):
         yield f"engine against the original: relative error {difference['relative_error']:.2g}"
     if latency := report.get("latency"):

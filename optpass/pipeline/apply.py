@@ -48,7 +48,7 @@ class Part:
     """One model on its way: a checkpoint's only one, or a component of a pipeline.
 
     ``recipe`` is the recipe as it stands for this model alone, ``place`` where its engines lie, relative to
-    the bundle, ``reference`` what the result is compared with: ``original``, with what passes put in.
+    the bundle, ``reference`` what the result is compared with: ``original``, with what ``added`` passes put in.
     """
 
     recipe: Recipe
@@ -57,6 +57,7 @@ class Part:
     reference: Program
     records: Sequence[PassRecord] = ()
     gates: Sequence[Mapping[str, Any]] = ()
+    added: Sequence[str] = ()
     place: str = "."
     engines: Mapping[str, LoweredEntry] = field(default_factory=dict)
     evidence: Evidence = field(default_factory=Evidence)
@@ -233,18 +234,27 @@ def _run(part: Part, request: Request, callbacks: Sequence[Callback], progress: 
     except OptpassError as error:
         error.reproducer = reproducer.written
         raise
-    return replace(part, program=program, reference=reference.program, records=records, gates=gates.records)
+    return replace(
+        part,
+        program=program,
+        reference=reference.program,
+        added=reference.added,
+        records=records,
+        gates=gates.records,
+    )
 
 
 class Reference:
-    """Callback that keeps what results are compared with, as of the last pass."""
+    """Callback that keeps what results are compared with, and the names of the passes that put something in."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.added: list[str] = []
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "finished":
+        if event.kind == "finished" and event.original is not self.program:
             self.program = event.original
+            self.added.append(event.step.name)
 
 
 class GateKeeper:
@@ -340,6 +350,7 @@ def _part_report(part: Part) -> dict[str, Any]:
             "verified": part.evidence.verified,
         },
         "engines": [_engine(name, engine, part.place) for name, engine in part.engines.items()],
+        "added": list(part.added),
         "engine_difference": part.evidence.difference,
         "latency": part.evidence.latency,
     }

@@ -34,7 +34,7 @@ class Tile:
 
 
 def lede(report: Mapping[str, Any], passes: Sequence[PassView], changes: Mapping[str, units.Change]) -> list[str]:
-    """One to five sentences."""
+    """One to six sentences."""
     told = [_passes_sentence(passes, changes)]
     if sentence := _latency_sentence(section(report, "latency")):
         told.append(sentence)
@@ -42,6 +42,8 @@ def lede(report: Mapping[str, Any], passes: Sequence[PassView], changes: Mapping
     if psnr is not None and not math.isnan(psnr):
         same = "is identical to" if psnr == math.inf else f"agrees to {units.decibels(psnr)} PSNR with"
         told.append(f"What it generates {same} what the original generates from the same seeds.")
+    if added := report.get("added"):
+        told.append(f"The original that it is compared with has what {' and '.join(added)} put in, in its plain form.")
     if any(gate.get("held") is False for gate in mappings(report, "gates")):
         told.append("A gate did not hold.")
     if report.get("structure_only"):

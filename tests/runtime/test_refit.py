@@ -110,6 +110,16 @@ def test_refitted_is_rebuilt_to_the_byte(model: tuple[str, Path], tmp_path: Path
     assert done.content == ("adapter_model.safetensors × 0.5",)
 
 
+def test_the_report_says_what_the_result_is_compared_with(model: tuple[str, Path], tmp_path: Path) -> None:
+    bundle = build(model, tmp_path / "a", [merging(adapter(tmp_path / "first", 1))])
+    report = json.loads((bundle / "report.json").read_text())
+    assert report["added"] == ["merge-lora"]
+    assert report["engine_difference"]["relative_error"] < 1e-5
+    assert "has what merge-lora put in" in (bundle / "report.html").read_text("utf-8")
+    plain = build(model, tmp_path / "b", [])
+    assert json.loads((plain / "report.json").read_text())["added"] == []
+
+
 def test_without_an_adapter_the_bytes_are_the_base_model_s(model: tuple[str, Path], tmp_path: Path) -> None:
     bundle = build(model, tmp_path / "a", [merging(adapter(tmp_path / "first", 1), mode="refit")])
     nothing = build(model, tmp_path / "b", [merging(tmp_path / "first", mode="refit", scale=0.0)])
