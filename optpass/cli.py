@@ -385,6 +385,8 @@ def run(
     if as_json:
         return console.print_json(facts)
     for key, value in facts.items():
+        if value is None:
+            continue
         console.out.print(f"{key}: {value}", markup=False)
     return None
 

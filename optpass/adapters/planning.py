@@ -9,7 +9,7 @@ from pathlib import Path
 
 from optpass.adapters.adaptation import Adaptation
 from optpass.adapters.matching import Adaptable, Matched, match_adapter
-from optpass.adapters.reading import Adapter, adapter_files, read_adapter
+from optpass.adapters.reading import FILES, Adapter, adapter_files, read_adapter
 from optpass.errors import UserError
 from optpass.ir.hashing import file_digest
 
@@ -28,7 +28,9 @@ class Chosen:
 
     def __str__(self) -> str:
         path = self.adapter.path
-        return f"{path.name} × {self.strength:g}"
+        # Libraries call the file in an adapter's folder always alike.
+        name = path.parent.name if path.name in FILES else path.name
+        return f"{name} × {self.strength:g}"
 
 
 def read_adapters(given: Sequence[tuple[Path, float]]) -> list[Chosen]:

@@ -107,7 +107,7 @@ def test_refitted_is_rebuilt_to_the_byte(model: tuple[str, Path], tmp_path: Path
     changed = {name for name, digest in contents(bundle).items() if before[name] != digest}
     assert changed == {"full.onnx.slots.data", "refit/slots.json", "manifest.json"}
     assert done.tensors == 3
-    assert done.content == ("adapter_model.safetensors × 0.5",)
+    assert done.content == ("second × 0.5",)
 
 
 def test_the_report_says_what_the_result_is_compared_with(model: tuple[str, Path], tmp_path: Path) -> None:
