@@ -19,6 +19,9 @@ from optpass.jsonable import finite
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
 
+REASONS = 5
+"""Reasons of one pass that a summary shows."""
+
 
 @contextmanager
 def progress_display(quiet: bool = False) -> Iterator[Callable[[str, float], None]]:
@@ -122,8 +125,8 @@ def report_summary(report: Mapping[str, Any], folder: str) -> None:
     for item in report["passes"]:
         if item.get("verified"):
             out.print(f"  {escape(item['name'])}: {item['contract']}, {escape(item['verified'])}")
-        for reason, count in reasons(item["declined"]).items():
-            out.print(f"  {escape(item['name'])} declined {count}: {escape(reason)}")
+        for line in declined_lines(item["declined"], "declined"):
+            out.print(f"  {escape(item['name'])} {escape(line)}")
     for line in _evidence_lines(report):
         out.print(f"  {line}")
     out.print(f"\n[bold]{escape(folder)}[/bold]  ({report['seconds']:.1f} s)")
@@ -138,6 +141,15 @@ def _component_row(record: Mapping[str, Any]) -> list[str]:
 
 def _pass_label(item: Mapping[str, Any]) -> str:
     return f"{item['name']} ({item['sites']} sites)" if item["modified"] else f"{item['name']} (unmodified)"
+
+
+def declined_lines(declined: Sequence[Mapping[str, str]], verb: str) -> Iterator[str]:
+    """The most frequent reasons; a large model has one for every other place."""
+    found = sorted(reasons(declined).items(), key=lambda pair: -pair[1])
+    for reason, count in found[:REASONS]:
+        yield f"{verb} {count}: {reason}"
+    if rest := sum(count for _, count in found[REASONS:]):
+        yield f"{verb} {rest} more, for {len(found) - REASONS} other reasons: --json has them, and the report"
 
 
 def reasons(declined: Sequence[Mapping[str, str]]) -> dict[str, int]:

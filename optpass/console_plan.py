@@ -80,7 +80,7 @@ def _pass_lines(item: Mapping[str, Any]) -> list[str]:
         lines.append(item["note"])
     if item["assumes"] and item["after"]:
         lines.append(f"costs take {', '.join(item['assumes'])} for having changed no shape")
-    lines += [f"declines {count}: {reason}" for reason, count in console.reasons(item["declined"] or ()).items()]
+    lines += console.declined_lines(item["declined"] or (), "declines")
     return lines
 
 
