@@ -212,9 +212,7 @@ def test_a_weight_has_one_exchangeable_content(first, second, layers, tmp_path):
         for name, at, seed in (("rain", Q, 0), ("snow", Q, 1), ("conv", CONV, 2))
     )
     once, _ = run_pass(layers, step(rain, mode=first))
-    with pytest.raises(
-        UserError, match=r"block\.to_q\.weight .*already \(rain.safetensors × 1\)"
-    ):
+    with pytest.raises(UserError, match=r"block\.to_q\.weight .*already \(rain.safetensors × 1\)"):
         run_pass(once, step(snow, mode=second))
     assert not run_pass(once, step(rain, mode=second))[1].modified
     assert run_pass(once, step(conv, mode=second))[1].sites == ("conv_in",)
