@@ -15,7 +15,9 @@ from optpass.adapters.matching import Adaptable
 from optpass.adapters.planning import Adaptations, Chosen, plan_adapters, read_adapters
 from optpass.adapters.reading import adapter_files
 from optpass.adapters.sites import SUFFIX
+from optpass.errors import UserError
 from optpass.ir.program import Program
+from optpass.ir.slots import slots_in
 from optpass.ir.weights import Expression
 from optpass.pipeline.contract import exact
 from optpass.pipeline.options import RecipePath
@@ -72,6 +74,8 @@ class MergeLora(Pass):
     def run(self, program: Program, context: Context) -> Program:
         chosen = read_adapters(self._given())
         plan = self._plan(chosen, program, context)
+        if self.mode != "merge":
+            _refuse_second_slots(plan, program)
         for name in plan:
             context.rewrote(name.removesuffix(SUFFIX))
         content = ", ".join(map(str, chosen))
@@ -113,6 +117,21 @@ class MergeLora(Pass):
             if found:
                 new[name] = found
         return new
+
+
+def _refuse_second_slots(plan: Plan, program: Program) -> None:
+    """
+    Raises:
+        UserError: a weight has exchangeable adapters already: an exchange would put the new ones in twice.
+    """
+    for name in plan:
+        weights = layer_weights(program, name.removesuffix(SUFFIX))
+        held = next((slot for weight in weights for slot in slots_in(weight) if slot.name == name), None)
+        if held is not None:
+            raise UserError(
+                f"{name} holds exchangeable adapters of an earlier merge-lora already ({held.content}); "
+                "give all adapters in one list, adapter: [{path: …}, {path: …}]"
+            )
 
 
 def _is_in(adaptation: Adaptation, program: Program, path: str) -> bool:

@@ -13,6 +13,7 @@ from optpass.adapters.ldm_names import ldm_names
 from optpass.adapters.reading import Adapter
 from optpass.adapters.sites import SUFFIX, Site, sites
 from optpass.capture.configs import DENOISERS, PIPELINE_INDEX
+from optpass.capture.submodule import MODULE_OF
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Expression, dtype_name
@@ -61,12 +62,13 @@ class Adaptable:
     def of(cls, program: Program) -> Self:
         """The linears and convolutions of a Program."""
         origin = program.origin
+        component, module = belonging(origin.kind, origin.component, pipeline=origin.pipeline)
         return cls(
             sites(program),
             program.weights,
-            component=origin.component if origin.pipeline else "",
+            component=component,
             components=_components(origin),
-            module="" if origin.pipeline else origin.component,
+            module=module,
         )
 
     @classmethod
@@ -79,11 +81,22 @@ class Adaptable:
         return cls({name.removesuffix(SUFFIX): Site(name, ()) for name in named}, weights)
 
 
-def match_adapter(adapter: Adapter, model: Adaptable, *, strict: bool = True) -> Matched:
+def belonging(kind: str, component: str, *, pipeline: bool) -> tuple[str, str]:
+    """What an origin of ``kind`` says of a Program: its component in the pipeline, and its path in a larger model.
+
+    Either is empty; both for a model alone, whatever function made it.
+    """
+    if pipeline:
+        return component, ""
+    return "", component if kind.startswith(MODULE_OF) else ""
+
+
+def match_adapter(adapter: Adapter, model: Adaptable, *, strict: bool = True, elsewhere: bool = False) -> Matched:
     """Find each module of ``adapter`` in ``model``, whose linears and convolutions it may change.
 
     Keys of another component of the pipeline are ``refused`` as harmless. With ``strict`` false the
-    others that match nothing are refused too, instead of raised.
+    others that match nothing are refused too, instead of raised. With ``elsewhere`` an adapter may be about
+    other components alone.
 
     Raises:
         UserError: a key matches nothing (the nearest module is named), does not fit the weight's shape, or is
@@ -97,7 +110,7 @@ def match_adapter(adapter: Adapter, model: Adaptable, *, strict: bool = True) ->
         more = f"\n  and {len(serious) - SHOWN} more" if len(serious) > SHOWN else ""
         hint = "; strict: false leaves them out" if found.weights else ""
         raise UserError(f"{adapter.path}: {len(serious)} keys cannot be merged{hint}:\n  {shown}{more}")
-    if not found.weights:
+    if not found.weights and not elsewhere:
         refusal = found.refused[0]
         raise UserError(f"{adapter.path} changes nothing of this model: {refusal.key}: {refusal.reason}")
     return Matched(found.weights, tuple(found.refused))
@@ -202,7 +215,8 @@ class _Matching:
 
     def _is_outside(self, module: ModuleKey) -> bool:
         inside = self.inside.replace(".", "_") if module.flat else self.inside
-        return not self._paths(module) and not module.path.startswith(inside)
+        end = "_" if module.flat else "."
+        return not self._paths(module) and not f"{module.path}{end}".startswith(f"{inside}{end}")
 
     def _is_own(self, module: ModuleKey) -> bool:
         if not self.own:

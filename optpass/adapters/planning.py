@@ -54,7 +54,7 @@ def read_adapters(given: Sequence[tuple[Path, float]]) -> list[Chosen]:
 
 
 def plan_adapters(
-    chosen: Sequence[Chosen], model: Adaptable, *, strict: bool, note: Note
+    chosen: Sequence[Chosen], model: Adaptable, *, strict: bool, note: Note, elsewhere: bool = False
 ) -> Mapping[str, list[tuple[Adaptation, float]]]:
     """By the name of the weight, what the adapters do to it, in their order.
 
@@ -63,7 +63,7 @@ def plan_adapters(
     """
     plan: dict[str, list[tuple[Adaptation, float]]] = defaultdict(list)
     for item in chosen:
-        found = match_adapter(item.adapter, model, strict=strict)
+        found = match_adapter(item.adapter, model, strict=strict, elsewhere=elsewhere)
         _tell(item.adapter, found, note)
         for name, adaptation in found.weights.items():
             plan[name].append((adaptation, item.strength))

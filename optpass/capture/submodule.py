@@ -14,6 +14,9 @@ from optpass.ir.weights import Expression
 
 Weights = dict[str, Expression] | None
 
+MODULE_OF = "module of "
+"""What stands in front of a model's kind where a module of it was captured alone."""
+
 
 def submodule(module: nn.Module, weights: Weights, origin: Origin, path: str) -> tuple[nn.Module, Weights, Origin]:
     """The module at ``path`` (``memory_attention``, ``layers.0``), its weights under their names in it, its origin.
@@ -33,7 +36,7 @@ def submodule(module: nn.Module, weights: Weights, origin: Origin, path: str) ->
         raise UserError(f"{path!r} is a {type(part).__name__}, which computes nothing itself; choose one of: {inside}")
     config = part.config.to_dict() if hasattr(getattr(part, "config", None), "to_dict") else {}
     # No library: from_pretrained could not load what is written back.
-    kind = f"module of {origin.kind}"
+    kind = f"{MODULE_OF}{origin.kind}"
     origin = replace(origin, kind=kind, component=path, library="", class_name=type(part).__name__, config=config)
     return part, None if weights is None else _inner(module, weights, f"{path}."), origin
 

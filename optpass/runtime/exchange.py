@@ -59,34 +59,47 @@ def slot_records(bundle: Path, manifest: Manifest, part: PartRecord) -> SlotReco
 def exchange(
     bundle: Path,
     manifest: Manifest,
-    part: PartRecord,
-    fill: Fill,
+    fills: Sequence[tuple[PartRecord, Fill]],
     content: Sequence[str],
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Exchanged:
-    """Write what ``fill`` gives into every slot of ``part``; ``content`` names it. The other files stay as they are.
+    """Write what its ``Fill`` gives into every slot of each part; ``content`` names it. Other files stay as they are.
+
+    All parts change, or none.
 
     Raises:
         WeightError: a value is NaN or infinite, or cannot be read; nothing was changed.
         UserError: the records are damaged, or a file cannot be written.
     """
-    records = slot_records(bundle, manifest, part)
-    tensors = list(zip(records.tensors, records.expressions(bundle / part.folder, fill), strict=True))
-    counted = _Counted(sum(tensor.length for tensor in records.tensors), progress)
-    place = PurePosixPath(part.folder)
+    work = [(part, fill, slot_records(bundle, manifest, part)) for part, fill in fills]
+    counted = _Counted(sum(tensor.length for _, _, records in work for tensor in records.tensors), progress)
     with _Replacement(bundle) as replacement:
-        for name in dict.fromkeys(tensor.file for tensor in records.tensors):
-            with DataFile(replacement.path((place / name).as_posix())) as file:
-                for tensor, expression in tensors:
-                    if tensor.file == name:
-                        _write(file, tensor, expression)
-                        counted(tensor.length)
-        records = records.model_copy(update={"content": list(content)})
-        replacement.write((place / SLOTS).as_posix(), records.model_dump_json(indent=1))
+        for part, fill, records in work:
+            expressions = records.expressions(bundle / part.folder, fill)
+            _write_part(replacement, PurePosixPath(part.folder), records, expressions, counted)
+            named = records.model_copy(update={"content": list(content)})
+            replacement.write((PurePosixPath(part.folder) / SLOTS).as_posix(), named.model_dump_json(indent=1))
         files = {**manifest.files, **replacement.records()}
         replacement.write(MANIFEST, manifest.model_copy(update={"files": files}).model_dump_json(indent=1))
         replacement.commit()
-    return Exchanged(len(tensors), counted.total, tuple(content))
+    return Exchanged(sum(len(records.tensors) for _, _, records in work), counted.total, tuple(content))
+
+
+def _write_part(
+    replacement: _Replacement,
+    place: PurePosixPath,
+    records: SlotRecords,
+    expressions: Sequence[Expression],
+    counted: _Counted,
+) -> None:
+    """The new slot files of the part in ``place``."""
+    tensors = list(zip(records.tensors, expressions, strict=True))
+    for name in dict.fromkeys(tensor.file for tensor in records.tensors):
+        with DataFile(replacement.path((place / name).as_posix())) as file:
+            for tensor, expression in tensors:
+                if tensor.file == name:
+                    _write(file, tensor, expression)
+                    counted(tensor.length)
 
 
 def _write(file: DataFile, tensor: TensorSlots, expression: Expression) -> None:

@@ -5,13 +5,39 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from optpass.errors import UserError
 
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked there, and nobody's folder removed.
     fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Inside, nobody else changes ``folder`` who asks for that in this way; with ``shared``, others may read it too.
+
+    Raises:
+        UserError: another process is at work on it.
+    """
+    if fcntl is None or not folder.is_dir():
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Where the file system has no locks, nothing is locked.
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is at work on {folder}; try again when it is done") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class WorkFolder:

@@ -200,3 +200,19 @@ def test_in_a_bundle(tmp_path):
     assert lock["files"] == {adapter.as_posix(): hashlib.sha256(adapter.read_bytes()).hexdigest()}
     options = {"adapter": str(adapter), "scale": 1.0, "mode": "merge", "rank": None, "strict": True}
     assert lock["passes"] == [{"merge-lora": options}]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("refit", "refit"), ("keep", "keep"), ("keep", "refit"), ("refit", "keep")]
+)
+def test_a_weight_has_one_exchangeable_content(first, second, layers, tmp_path):
+    """A refit would fill both slots with the new adapter, and so add it twice."""
+    rain, snow, conv = (
+        lora(tmp_path / f"{name}.safetensors", at, seed=seed)
+        for name, at, seed in (("rain", Q, 0), ("snow", Q, 1), ("conv", CONV, 2))
+    )
+    once, _ = run_pass(layers, step(rain, mode=first))
+    with pytest.raises(UserError, match=r"block\.to_q\.weight .*already \(rain.safetensors × 1\)"):
+        run_pass(once, step(snow, mode=second))
+    assert not run_pass(once, step(rain, mode=second))[1].modified
+    assert run_pass(once, step(conv, mode=second))[1].sites == ("conv_in",)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import optpass as library
-from optpass.errors import UserError
+from optpass.errors import UserError, WeightError
 from optpass.pipeline.apply import apply
 from optpass.pipeline.recipe import make_recipe
 from optpass.pipeline.request import Request
@@ -85,3 +85,53 @@ def test_one_component_alone_and_one_without_slots(bundle: tuple[Path, Path], tm
     assert changed == {"text_encoder/full.onnx.slots.data", "text_encoder/refit/slots.json"}
     with pytest.raises(UserError, match="'vae'"):
         refit(built, [], component="vae")
+
+
+def only(component: str, adapter: Path, path: Path, factor: float = 1.0) -> Path:
+    """One component's part of ``adapter``; the others' with their factors multiplied."""
+    tensors = load_file(adapter)
+    kept = {key: value for key, value in tensors.items() if key.startswith(component)}
+    changed = {key: value * factor for key, value in tensors.items() if key not in kept} if factor != 1.0 else {}
+    save_file({**kept, **changed}, path)
+    return path
+
+
+def test_an_adapter_of_one_component_takes_the_old_one_out_of_the_other(
+    bundle: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, built = bundle
+    second = adapter(build_pipeline(folder, {}), tmp_path / "second.safetensors", 2)
+    unet, text = (only(name, second, tmp_path / f"{name}.safetensors") for name in ("unet", "text_encoder"))
+    refit(built, [(second, 1.0)], out=tmp_path / "both")
+    refit(built, [(unet, 1.0), (text, 1.0)], out=tmp_path / "halves")
+    refit(built, [(unet, 1.0)], out=tmp_path / "unet")
+    refit(built, [], out=tmp_path / "base")
+    places = ("unet/full.onnx.slots.data", "text_encoder/full.onnx.slots.data")
+    made = {name: [(tmp_path / name / at).read_bytes() for at in places] for name in ("both", "halves", "unet", "base")}
+    assert made["both"] == made["halves"]
+    assert made["unet"] == [made["both"][0], made["base"][1]]
+    assert made["base"][0] != made["both"][0]
+    with pytest.raises(UserError, match="text_encoder"):
+        refit(built, [(text, 1.0)], component="unet")
+
+
+def test_no_part_changes_where_another_fails(bundle: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, built = bundle
+    second = adapter(build_pipeline(folder, {}), tmp_path / "second.safetensors", 2)
+    overflowing = only("unet", second, tmp_path / "bad.safetensors", factor=1e30)
+    before = {path: path.read_bytes() for path in built.rglob("*") if path.is_file()}
+    with pytest.raises(WeightError, match="NaN or Inf"):
+        refit(built, [(overflowing, 1.0)])
+    assert {path: path.read_bytes() for path in built.rglob("*") if path.is_file()} == before
+
+
+def test_keys_of_components_that_are_carried(bundle: tuple[Path, Path], tmp_path: Path) -> None:
+    """The file that an engine of the denoiser alone was built with fits it again."""
+    folder, _ = bundle
+    first = adapter(build_pipeline(folder, {}), tmp_path / "first.safetensors", 1)
+    document = {"passes": [{"merge-lora": {"adapter": str(first), "mode": "refit"}}], "target": "onnxruntime"}
+    apply(make_recipe(document), Request(str(folder), tmp_path / "unet", baseline=False, samples=0))
+    before = (tmp_path / "unet" / "full.onnx.slots.data").read_bytes()
+    done = refit(tmp_path / "unet", [(first, 1.0)])
+    assert (tmp_path / "unet" / "full.onnx.slots.data").read_bytes() == before
+    assert any("text_encoder" in reason for _, reason in done.left_out)

@@ -68,7 +68,7 @@ def put(bundle: Path, delta: float | None) -> None:
         return base if delta is None else Sum(base, Constant(torch.full(base.shape, delta)))
 
     manifest = read_manifest(bundle)
-    exchange(bundle, manifest, manifest, fill, [f"plus {delta}"])
+    exchange(bundle, manifest, [(manifest, fill)], [f"plus {delta}"])
 
 
 def contents(bundle: Path) -> dict[str, str]:

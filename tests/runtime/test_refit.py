@@ -25,6 +25,7 @@ from optpass.pipeline.registry import pass_class
 from optpass.pipeline.request import Request
 from optpass.runtime.loading import load
 from optpass.runtime.refit import refit
+from optpass.runtime.workfolder import alone
 from optpass.targets.onnxruntime import OnnxRuntime
 from optpass.targets.program import ProgramTarget
 
@@ -246,3 +247,49 @@ def test_slots_go_through_every_pass_behind_them(mode: str, model: tuple[str, Pa
     other = build(model, tmp_path / "b", [merging(second, mode=mode), *behind])
     refit(bundle, [(second, 1.0)])
     assert engine(bundle) == engine(other)
+
+
+def test_a_key_that_fits_nowhere_is_an_error_for_a_model_that_a_function_makes(
+    model: tuple[str, Path], tmp_path: Path
+) -> None:
+    """The function's name is no module that was captured alone, outside of which keys would be harmless."""
+    misspelt = damaged(
+        adapter(tmp_path / "first", 1),
+        lambda tensors: tensors.update(
+            {k.replace("linear", "linaer"): tensors.pop(k) for k in list(tensors) if "linear" in k}
+        ),
+    )
+    with pytest.raises(UserError, match=r"linaer; did you mean 'linear'"):
+        build(model, tmp_path / "a", [merging(misspelt, mode="refit")])
+
+
+def test_component_prefixes_mean_the_same_as_in_the_build(model: tuple[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "unet.safetensors"
+    save_file(
+        {f"unet.linear.lora_{side}.weight": torch.ones(shape) for side, shape in (("A", (2, 12)), ("B", (16, 2)))}, file
+    )
+    bundle = build(model, tmp_path / "a", [merging(file, mode="refit")])
+    before = engine(bundle)
+    refit(bundle, [(file, 1.0)])
+    assert engine(bundle) == before
+
+
+def test_a_bundle_is_refitted_by_one_at_a_time(model: tuple[str, Path], tmp_path: Path) -> None:
+    bundle = build(model, tmp_path / "a", [merging(adapter(tmp_path / "first", 1), mode="refit")])
+    with alone(bundle), pytest.raises(UserError, match="another process is at work"):
+        refit(bundle, [])
+    with alone(bundle, shared=True):
+        refit(bundle, [], out=tmp_path / "copy")
+        with pytest.raises(UserError, match="another process is at work"):
+            refit(bundle, [])
+    refit(bundle, [])
+
+
+def test_copies_of_what_cannot_be_written_can(model: tuple[str, Path], tmp_path: Path) -> None:
+    bundle = build(model, tmp_path / "a", [merging(adapter(tmp_path / "first", 1), mode="refit")])
+    for path in [bundle, *bundle.rglob("*")]:
+        path.chmod(path.stat().st_mode & ~0o222)
+    refit(bundle, [], out=tmp_path / "copy")
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "copy", tmp_path / "copy" / "refit"))
+    with pytest.raises(UserError, match="inside of"):
+        refit(bundle, [], out=bundle / "copy")
