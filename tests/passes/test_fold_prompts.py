@@ -311,3 +311,14 @@ def test_half_precision_after_the_scale_of_a_norm_went_into_the_projections(capt
     steps = [Step("reparameterize", pass_class("reparameterize")()), STEP]
     _, records = run_passes(program, steps, [Verification()])
     assert all(record.modified for record in records)
+
+
+def test_a_scale_that_depends_on_the_input_is_named(capture_module):
+    class Modulated(Layer):
+        def forward(self, x):
+            return super().forward(x * x[:, :1].sigmoid())
+
+    program, _ = capture_module(lambda: Prompted(layers=[Modulated()], depth=1), **tokens())
+    _, record = run_pass(program, STEP)
+    assert not record.modified
+    assert [item.reason for item in record.declined] == ["layers.0: %mul takes what differs along the batch"]
