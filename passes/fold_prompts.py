@@ -92,7 +92,9 @@ class _Prompts:
         for attention in self.layer.attentions:
             for node in (*self.layer.above(attention.args[1]), *self.layer.above(attention.args[2])):
                 if any(node not in places for places in self.batch):
-                    return f"{path_of(node)}: %{node.name} merges the batch with another dimension"
+                    varied = any(o not in self.layer.axes and o.op != "get_attr" for o in node.all_input_nodes)
+                    what = "takes what differs along the batch" if varied else "merges the batch with another dimension"
+                    return f"{path_of(node)}: %{node.name} {what}"
         return None
 
     def begin(self) -> None:

@@ -192,11 +192,11 @@ def _projections(graph: Graph) -> Iterator[Projection]:
 
 
 def _is_pointwise(node: Node) -> bool:
-    """Whether a convolution has a kernel of one element and no groups."""
+    """Whether a convolution has a kernel of one element, no groups, and a batch in front of its channels."""
     if node.target not in CONVOLUTIONS:
         return False
-    kernel = shape_of(argument(node, "weight"))[2:]
-    return argument(node, "groups") == 1 and all(size == 1 for size in kernel)
+    shape = shape_of(argument(node, "weight"))
+    return argument(node, "groups") == 1 and all(size == 1 for size in shape[2:]) and len(shape_of(node)) == len(shape)
 
 
 def _settings(node: Node) -> tuple[Any, ...]:

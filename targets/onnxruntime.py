@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.fx import Node
 
+from optpass.analysis.operators import argument, aten
 from optpass.errors import MissingValuesError, UserError
 from optpass.interchange.external_data import ExternalData
 from optpass.interchange.onnx_file import OnnxFacts, untranslatable, write_onnx
@@ -64,6 +65,8 @@ NODE_IN_MEMORY = 40 << 10
 NODE_ON_DISK, LETTER_ON_DISK = 140, 33
 """Bytes of a node, and for each letter of its module path, which stands in it with those of all modules around."""
 MACHINE_WORD = 4
+DIVISIBLE = (aten.avg_pool2d.default, aten.avg_pool3d.default)
+"""Average pools that take a divisor, which their translation passes over."""
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose", "aten.convolution")
 
 
@@ -249,6 +252,9 @@ def _unsupported(graph: Graph) -> Iterator[Unsupported]:
             if dtype not in SUPPORTED and not (dtype == torch.float64 and operator_name(node) in DOUBLE):
                 yield Unsupported(path_of(node), operator_name(node), _dtype_reason(dtype))
                 break
+    for node in graph.calls:
+        if node.target in DIVISIBLE and argument(node, "divisor_override") is not None:
+            yield Unsupported(path_of(node), operator_name(node), "ONNX averages over the window: divisor_override")
     for node in untranslatable(graph):
         yield Unsupported(path_of(node), operator_name(node), "ONNX has no translation of this operator")
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from optpass.analysis.axes import axis_in_result
 from optpass.analysis.operators import argument, aten
-from optpass.analysis.pieces import cat_dim, piece_of
+from optpass.analysis.pieces import cat_dim, extent, piece_of
 from optpass.ir.graph import path_of, shape_of
 from optpass.ir.sizes import is_size
 from optpass.ir.text import operator_name
@@ -43,11 +43,11 @@ class InsertedRows:
             return None
         start: Any = 0
         for other in parts[: parts.index(part)]:
-            start = start + shape_of(other)[axis]
+            start = start + extent(other, axis)
         rows: Any = part
         while rows.target in REPETITIONS and _keeps_rows(rows, axis):
             rows = rows.args[0]
-        return InsertedRows(cat, part, axis, start, start + shape_of(part)[axis], rows)
+        return InsertedRows(cat, part, axis, start, start + extent(part, axis), rows)
 
     @property
     def count(self) -> Any:

@@ -56,6 +56,12 @@ def cat_dim(node: Node) -> int:
     return int(argument(node, "dim")) % len(shape_of(node))
 
 
+def extent(part: Node, dim: int) -> Any:
+    """The size of a cat's part along ``dim``; of the empty tensor [0], which torch lets into any cat, 0."""
+    shape = shape_of(part)
+    return 0 if shape == (0,) else shape[dim]
+
+
 def _slice(node: Node) -> Piece | None:
     source: Any = node.args[0]
     if argument(node, "step") != 1:

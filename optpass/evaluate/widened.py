@@ -34,12 +34,13 @@ def widened(program: Program, *, unrounded: bool = False) -> Program:
     for graph in wide.entries.values():
         _widen(graph)
     if unrounded:
-        narrow = {name: _unrounded(expression) for name, expression in narrow.items()}
+        # A float32 weight may be computed from rounded ones: constant keys of prompts, from merged projections.
+        narrow = {name: _unrounded(e) for name, e in program.weights.items() if e.dtype in (*NARROW, *WIDE)}
     return replace(wide, weights=wide.weights.updated({name: _cast(e) for name, e in narrow.items()}))
 
 
 def _cast(expression: Expression) -> Expression:
-    return expression if expression.dtype == torch.float32 else Cast(expression, torch.float32)
+    return expression if expression.dtype in WIDE else Cast(expression, torch.float32)
 
 
 def _unrounded(expression: Expression) -> Expression:

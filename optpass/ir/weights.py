@@ -20,6 +20,8 @@ from optpass.errors import MissingValuesError, WeightError, nearest
 from optpass.ir.hashing import tensor_digest
 
 Shape = tuple[int, ...]
+LARGEST = 2048
+"""Expressions in one beyond which a rewrite begins another; one that stands in it twice is evaluated twice."""
 
 
 class Expression(ABC):
@@ -354,6 +356,15 @@ def with_operands(expression: Expression, change: Callable[[Expression], Express
         return tuple(map(changed, value)) if isinstance(value, tuple) else value
 
     return replace(expression, **{f.name: changed(getattr(expression, f.name)) for f in fields(expression) if f.init})
+
+
+def is_larger(expression: Expression, limit: int = LARGEST) -> bool:
+    """Whether evaluating ``expression`` evaluates more than ``limit`` of them; what stands in it twice counts twice."""
+    pending, count = [expression], 0
+    while pending and count <= limit:
+        pending.extend(pending.pop().operands())
+        count += 1
+    return count > limit
 
 
 class WeightStore(Mapping[str, Expression]):

@@ -25,7 +25,7 @@ from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
 from optpass.ir.sizes import is_size, sizes_of
 from optpass.ir.slots import has_slot
-from optpass.ir.weights import Cast, Constant, Expression, Permute, Reshape
+from optpass.ir.weights import Cast, Constant, Expression, Permute, Reshape, is_larger
 from optpass.rewrite.common_subexpressions import is_deterministic
 from optpass.rewrite.naming import WeightNames
 from optpass.rewrite.rules import replace
@@ -158,7 +158,10 @@ class _Constants:
             return None
         if all(known.values is not None for known in below):
             return Known(self._run(node), None, owned, 1)
-        return Known(None, self._expression(node), owned, steps)
+        expression = self._expression(node)
+        if expression is not None and is_larger(expression):
+            return None
+        return Known(None, expression, owned, steps)
 
     def _weight(self, node: Node) -> Known | None:
         expression = self.weights[str(node.target)]

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from optpass.analysis.operators import argument, aten
 from optpass.analysis.permutations import composed, permutation_of
-from optpass.analysis.pieces import Piece, cat_dim, piece_of
+from optpass.analysis.pieces import Piece, cat_dim, extent, piece_of
 from optpass.ir.graph import Graph, shape_of
 from optpass.ir.weights import Shape
 from optpass.rewrite.pattern import Match
@@ -298,7 +298,7 @@ def _edges(parts: Sequence[Node], dim: int) -> Iterator[Any]:
     position: Any = 0
     yield position
     for part in parts:
-        position = position + shape_of(part)[dim]
+        position = position + extent(part, dim)
         yield position
 
 

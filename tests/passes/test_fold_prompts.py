@@ -15,6 +15,8 @@ from optpass.passes.fuse_projections import FuseProjections
 from optpass.passes.simplify import Simplify
 from optpass.pipeline.manager import run_pass, run_passes
 from optpass.pipeline.recipe import Step
+from optpass.pipeline.registry import pass_class
+from optpass.pipeline.verification import Verification
 
 STEP = Step("fold-prompts", FoldPrompts())
 RTOL = FoldPrompts.contract.rtol
@@ -302,3 +304,21 @@ def test_transformers_vit_of_twelve_layers(capture_module):
     with torch.no_grad():
         expected = {"output": module(**x)}
     assert outputs_difference(expected, program_runner(after, "full")(x)).relative_error <= RTOL
+
+
+def test_half_precision_after_the_scale_of_a_norm_went_into_the_projections(capture_module):
+    program, _ = capture_module(lambda: Prompted().half(), x=tokens()["x"].half())
+    steps = [Step("reparameterize", pass_class("reparameterize")()), STEP]
+    _, records = run_passes(program, steps, [Verification()])
+    assert all(record.modified for record in records)
+
+
+def test_a_scale_that_depends_on_the_input_is_named(capture_module):
+    class Modulated(Layer):
+        def forward(self, x):
+            return super().forward(x * x[:, :1].sigmoid())
+
+    program, _ = capture_module(lambda: Prompted(layers=[Modulated()], depth=1), **tokens())
+    _, record = run_pass(program, STEP)
+    assert not record.modified
+    assert [item.reason for item in record.declined] == ["layers.0: %mul takes what differs along the batch"]

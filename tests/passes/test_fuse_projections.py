@@ -253,3 +253,17 @@ def test_trained_checkpoint(moving_digits):
     after, record = fuse(program)
     assert record.sites
     assert program_difference(program, after, trials=1).relative_error <= RTOL
+
+
+def test_convolutions_without_a_batch_stay(capture_module):
+    class Unbatched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 1)
+
+        def forward(self, x):
+            return self.a(x) * self.b(x)
+
+    program, _ = capture_module(Unbatched, x=torch.zeros(4, 9, 7))
+    _, record = fuse(program)
+    assert not record.modified

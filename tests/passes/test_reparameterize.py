@@ -14,7 +14,7 @@ from optpass.evaluate.difference import program_difference
 from optpass.ir.graph import shape_of
 from optpass.ir.slots import Slot
 from optpass.ir.text import graph_text, operator_name
-from optpass.ir.weights import Constant
+from optpass.ir.weights import LARGEST, Constant, is_larger
 from optpass.passes.reparameterize import Reparameterize
 from optpass.pipeline.manager import run_pass, run_passes
 from optpass.pipeline.recipe import Step
@@ -463,3 +463,37 @@ def test_structure_only(tmp_path):
     after, record = run_pass(capture(f"{tmp_path}/model.py:model"), STEP)
     assert record.sites == ("1", "4")
     assert not after.has_values
+
+
+def test_what_skips_a_layer_does_not_grow_without_bound(capture_module):
+    class Skips(nn.Module):
+        """Every value is the sum of layers on the two before it: as one expression, of Fibonacci's size."""
+
+        def __init__(self):
+            super().__init__()
+            self.near, self.far = (nn.ModuleList(nn.Linear(4, 4) for _ in range(40)) for _ in range(2))
+
+        def forward(self, x):
+            before = x
+            for near, far in zip(self.near, self.far, strict=True):
+                before, x = x, near(x) / 2 + far(before) / 2
+            return x
+
+    program, _ = capture_module(Skips, x=torch.zeros(2, 4))
+    after, record = reparameterized(program)
+    assert record.modified
+    assert not any(is_larger(weight, 2 * LARGEST) for weight in after.weights.values())
+
+
+def test_infinite_numbers_stay(capture_module):
+    class Infinite(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(x) * torch.inf, self.fc(x + torch.inf)
+
+    program, _ = capture_module(Infinite, x=torch.zeros(2, 4))
+    _, record = run_pass(program, STEP)
+    assert not record.modified

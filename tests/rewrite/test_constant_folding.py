@@ -8,7 +8,7 @@ from torch import nn
 
 from optpass.ir.computed import Computed
 from optpass.ir.text import graph_text, operator_name
-from optpass.ir.weights import Absent, Cast, Constant, Permute, Reshape
+from optpass.ir.weights import Absent, Cast, Constant, Permute, Reshape, is_larger
 from optpass.rewrite import constant_folding
 from optpass.rewrite.constant_folding import fold_constants
 
@@ -125,3 +125,18 @@ def test_long_chains_are_cut(capture_body, same_bits):
     assert folded
     assert all(str(item).count("aten.") <= constant_folding.STEPS for item in after.weights.values())
     same_bits(before, after)
+
+
+def test_what_reads_itself_twice_does_not_grow_without_bound(capture_body):
+    def body(m, x, y):
+        table = m.table
+        for _ in range(30):
+            table = table * 0.5 + table.relu()
+        return x * table[0]
+
+    program = capture_body(body)
+    while True:
+        program, folded = fold_constants(program, "full")
+        if not folded:
+            break
+    assert not any(is_larger(weight) for weight in program.weights.values())

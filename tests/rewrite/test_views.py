@@ -31,6 +31,7 @@ GOES = {
     "split into one": (lambda m, x, y: x.split(7, 1)[0].sin(), ["sin"]),
     "part of a cat": (lambda m, x, y: torch.cat([x, y], 1)[:, 5:].sin(), ["sin"]),
     "parts of a cat": (lambda m, x, y: torch.cat([x, y, x], 1)[:, :10], ["cat"]),
+    "part of a cat with the empty tensor": (lambda m, x, y: torch.cat([torch.ones(0), x, y], 1)[:, 5:].sin(), ["sin"]),
     "chunk of a cat": (lambda m, x, y: torch.cat([x, y], 2).chunk(2, 2)[1].sin(), ["sin"]),
     "halves swapped": (
         lambda m, x, y: (lambda z: torch.cat([z[..., 4:], z[..., :4]], -1))(torch.cat([x.sin(), x.cos()], -1)),

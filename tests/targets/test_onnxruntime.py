@@ -223,6 +223,18 @@ def test_unsupported_dtypes_are_refused_with_the_module_path(dtype: torch.dtype,
     assert any(item.path == "fc" and item.operator == "linear" and name in item.reason for item in found)
 
 
+class Divided(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(x, 2, divisor_override=3)
+
+
+def test_a_pool_with_a_divisor_of_its_own_is_refused() -> None:
+    program, _ = capture_module(Divided, x=torch.zeros(1, 2, 4, 4))
+    [found] = OnnxRuntime().supports(program)
+    assert found.operator == "avg_pool2d"
+    assert "divisor_override" in found.reason
+
+
 class Mode(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.mode(x).values

@@ -13,7 +13,7 @@ from optpass.analysis.affine.expressions import transposed
 from optpass.analysis.operators import argument, aten
 from optpass.ir.graph import shape_of
 from optpass.ir.slots import has_slot
-from optpass.ir.weights import Cast, Expression, Permute, Reshape, accumulation_dtype
+from optpass.ir.weights import Cast, Expression, Permute, Reshape, accumulation_dtype, is_larger
 
 NESTING = 100
 """Levels of a weight's expression beyond which it is taken as it is: Python evaluates and prints them by recursion."""
@@ -45,7 +45,7 @@ class Constants:
             if has_slot(leaf):
                 self.exchangeable.append(node)
                 return None
-            if leaf.dtype.is_complex or _is_deeper(leaf, NESTING):
+            if leaf.dtype.is_complex or _is_deeper(leaf, NESTING) or is_larger(leaf):
                 return None
             wide = accumulation_dtype(leaf.dtype) if leaf.dtype.is_floating_point else torch.float32
             return leaf if wide == leaf.dtype else Cast(leaf, wide)

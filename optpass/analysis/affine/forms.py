@@ -16,7 +16,7 @@ from optpass.analysis.affine.steps import Step, Term, step_of
 from optpass.analysis.affine.sums import add
 from optpass.ir.algebra import Full
 from optpass.ir.graph import Graph, value_of
-from optpass.ir.weights import Expression, accumulation_dtype
+from optpass.ir.weights import Expression, accumulation_dtype, is_larger
 
 LIMIT, DEPTH = 16, 128
 """Forms of one node, and steps to the farthest. Beyond them a new region begins, which bounds the work per node."""
@@ -91,7 +91,7 @@ def forms_of(graph: Graph, weights: Mapping[str, Expression], considered: Callab
             continue
         found.steps[node] = step
         forms = _composed(found, node, step[0]) if len(step) == 1 else _summed(found, node, step)
-        if forms and len(forms) <= LIMIT and forms[-1].depth <= DEPTH:
+        if forms and len(forms) <= LIMIT and forms[-1].depth <= DEPTH and not _is_larger(forms[-1].map):
             found.of[node] = forms
     return found
 
@@ -102,6 +102,12 @@ def _readers(graph: Graph) -> Counter[str]:
         if node.op == "get_attr":
             readers[str(node.target)] += len(node.users)
     return readers
+
+
+def _is_larger(made: Map) -> bool:
+    """Whether the expressions of ``made`` are larger than a weight's may become."""
+    parts = (made.scale, made.shift) if isinstance(made, Uniform) else (made.weight, made.bias)
+    return any(part is not None and is_larger(part) for part in parts)
 
 
 def _composed(found: Forms, node: Node, term: Term) -> tuple[Form, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -242,11 +242,11 @@ def _reshape(node: Node, constants: Constants) -> Step | None:
 def _pointwise(operand: Node, constant: Any, constants: Constants) -> tuple[Expression, int | None] | None:
     """``constant`` as it acts on ``operand``: a scalar and None, or [channels] and the number of spatial axes.
 
-    None where it varies along anything but the channels.
+    None where it varies along anything but the channels, and for an infinite number: 0·x + ∞·x is no multiple of x.
     """
     shape = shape_of(operand)
     if isinstance(constant, (int, float)):
-        return _number(constant, operand), None
+        return (_number(constant, operand), None) if isfinite(constant) else None
     found = constants(constant)
     if found is None or len(found.shape) > len(shape):
         return None
