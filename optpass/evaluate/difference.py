@@ -56,6 +56,9 @@ def _worse(a: float, b: float) -> float:
 def tensor_difference(reference: Tensor, other: Tensor) -> Difference:
     """The figures for one pair of tensors of equal shape, computed in float64.
 
+    Infinities and NaN that stand in both at the same place are no difference (masked logits), and count in no
+    figure; those that stand in one make it NaN.
+
     Raises:
         ValueError: the shapes differ.
     """
@@ -64,7 +67,11 @@ def tensor_difference(reference: Tensor, other: Tensor) -> Difference:
     a, b = reference.double(), other.double()
     if a.numel() == 0 or torch.equal(a, b):
         return EQUAL
-    gap = (a - b).abs()
+    compared = ~((a == b) & a.isinf() | a.isnan() & b.isnan())
+    a, b = a[compared], b[compared]
+    if torch.equal(a, b):
+        return EQUAL
+    gap = torch.where(a.isfinite() & b.isfinite(), (a - b).abs(), torch.nan)
     peak, noise, signal = float(a.abs().max()), float((gap**2).sum()), float((a**2).sum())
     largest = float(gap.max())
     relative = largest / peak if peak else math.inf
