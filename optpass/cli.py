@@ -6,6 +6,7 @@ import gc
 import shlex
 import sys
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -423,6 +424,10 @@ def refit(
     paths = list(adapters or [])
     if bool(paths) == base:
         raise UserError("name the adapters to put in, or pass --base to take all out")
+    if base and scale:
+        raise UserError("--base takes all adapters out: there is nothing to --scale")
+    if not all(map(isfinite, scale or [])):
+        raise UserError("--scale is a finite number")
     with console.progress_display() as progress:
         strengths = list(zip(paths, _strengths(scale or [1.0], len(paths)), strict=True))
         done = refit_bundle(bundle, strengths, component=component, strict=strict, out=out, progress=progress)
@@ -438,7 +443,7 @@ def refit(
 
 
 def _strengths(given: list[float], count: int) -> list[float]:
-    if len(given) not in (1, count) and count:
+    if len(given) not in (1, count):
         raise UserError(f"--scale is given {len(given)} times for {count} adapters: once, or once for each")
     return given * count if len(given) == 1 else given
 

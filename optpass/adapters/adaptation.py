@@ -78,7 +78,7 @@ class Adaptation:
         Raises:
             UserError: ΔW is no change of a weight of ``shape``; says both shapes.
         """
-        fits = self.matrix == (shape[0], prod(shape[1:])) and self._kernel_fits(shape)
+        fits = self._matrices() == {(shape[0], prod(shape[1:]))} and self._kernel_fits(shape)
         if not fits:
             raise UserError(f"changes a weight of {self._described()}, and the model's is {list(shape)}")
         if self.magnitude is not None and self.magnitude.numel != self._magnitudes(shape):
@@ -87,8 +87,14 @@ class Adaptation:
     def _magnitudes(self, shape: Shape) -> int:
         return shape[0] if self.magnitude_of == "out" else shape[1]
 
+    def _matrices(self) -> set[Matrix]:
+        """:attr:`matrix`; of LoHa, both factors of the product's."""
+        return {_half_shape(self.factors, n) for n in (1, 2)} if self.kind == "loha" else {self.matrix}
+
     def _kernel_fits(self, shape: Shape) -> bool:
-        given = self.factors["down"].shape if self.kind == "lora" and "mid" not in self.factors else ()
+        if core := next((name for name in ("mid", "t1", "t2") if name in self.factors), None):
+            return _trimmed((1, *self.factors[core].shape[2:])) == _trimmed((1, *shape[2:]))
+        given = self.factors["down"].shape if self.kind == "lora" else ()
         # 1×1 convolutions and linears are written as either.
         return len(given) <= 2 or _trimmed(given[1:]) == _trimmed(shape[1:])
 

@@ -6,7 +6,8 @@ sd-scripts trains SDXL on that code, so its adapters say ``input_blocks.4.1`` fo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 OUTSIDE = {
     "conv_in": "input_blocks.0.0",
@@ -38,6 +39,20 @@ def ldm_names(paths: Iterable[str]) -> dict[str, str]:
     attended = {found["block"] for path in known if (found := INSIDE.match(path)) and _is_attended(found)}
     named = {path: _name(path, layers, attended) for path in known}
     return {name: path for path, name in named.items() if name}
+
+
+def layout_paths(config: Mapping[str, Any]) -> list[str]:
+    """The paths of a UNet of this diffusers configuration on which its names depend; none where it is another model's.
+
+    For where not all of the model's paths are known.
+    """
+    layers, blocks = config.get("layers_per_block"), config.get("up_block_types")
+    count = layers[0] if isinstance(layers, (list, tuple)) and layers else layers
+    if not isinstance(count, int) or not isinstance(blocks, (list, tuple)):
+        return []
+    attended = [number for number, kind in enumerate(blocks) if "Attn" in str(kind)]
+    down = [f"down_blocks.0.resnets.{layer}.conv1" for layer in range(count)]
+    return [*down, *(f"up_blocks.{number}.attentions.0.proj_in" for number in attended)]
 
 
 def _first_block(path: str) -> re.Match[str] | None:

@@ -48,7 +48,7 @@ class Adaptable:
     ``sites`` by the path of their module; ``weights`` are all by name, of which shape and dtype count;
     ``component`` is the model's name in its pipeline, whose models are ``components``, and ``module`` the path
     that a module captured out of its model had there. ``absent`` says in a message what a module is that has
-    no site.
+    no site. ``layout`` are paths without a site on which names in the model's original code depend.
     """
 
     sites: Mapping[str, Site]
@@ -57,6 +57,7 @@ class Adaptable:
     components: Sequence[str] = ()
     module: str = ""
     absent: str = "no layer that the model runs is called"
+    layout: Sequence[str] = ()
 
     @classmethod
     def of(cls, program: Program) -> Self:
@@ -128,7 +129,8 @@ class _Matching:
 
     def __post_init__(self) -> None:
         paths = self.model.sites
-        self.names = {**_towers(paths), **ldm_names(paths), **{path: path for path in paths}}
+        original = {name: path for name, path in ldm_names([*paths, *self.model.layout]).items() if path in paths}
+        self.names = {**_towers(paths), **original, **{path: path for path in paths}}
         self.flat = _flattened(self.names)
         self.own, self.inside = self.model.component, self.model.module
         keys = [*self.adapter.modules, *(module for module, _ in self.adapter.unsupported.values())]

@@ -18,7 +18,7 @@ from optpass.adapters.keys import ModuleKey, TensorKey, parse
 from optpass.adapters.settings import Settings, settings_of
 from optpass.capture.checkpoint_weights import SAFE, read_weights
 from optpass.errors import UserError, WeightError
-from optpass.ir.weights import Expression
+from optpass.ir.weights import Cast, Expression, dtype_name
 from optpass.untrusted import read_json
 
 CONFIG = "adapter_config.json"
@@ -58,7 +58,8 @@ class Adapter:
         """
         for adaptation in self.modules.values():
             for name, factor in _leaves(adaptation).items():
-                if not bool(torch.isfinite(factor.evaluate()).all()):
+                # Not every dtype has the test: 8-bit floats lack it.
+                if not bool(torch.isfinite(Cast(factor, torch.float64).evaluate()).all()):
                     raise WeightError(
                         f"{self.path}: {adaptation.keys[name]!r} holds NaN or Inf; the adapter is damaged"
                     )
@@ -170,6 +171,7 @@ def _adaptation(
     names = {name.rpartition(".")[2]: key for name, key in ordered}
     factors = {name: tensors[key] for name, key in names.items() if name not in ("alpha", "magnitude")}
     _check_complete(kind, names, file)
+    _check_factors(factors, names, file)
     _check_ranks(kind, factors, names, file)
     rank = settings.checked_rank(module, _rank(kind, factors), next(iter(names.values())))
     alpha = settings.alpha(module, rank)
@@ -212,6 +214,20 @@ def _check_complete(kind: Kind, names: Mapping[str, str], file: Path) -> None:
         missing.append("w2_a")
     if missing:
         raise UserError(f"{file}: {next(iter(names.values()))!r} is half of a pair: its module has no {missing[0]}")
+
+
+def _check_factors(factors: Mapping[str, Expression], names: Mapping[str, str], file: Path) -> None:
+    """
+    Raises:
+        UserError: a factor is no matrix of numbers: it has fewer than two dimensions, no values, or whole numbers.
+    """
+    for name, factor in factors.items():
+        if len(factor.shape) < 2 or not factor.numel:
+            raise UserError(f"{file}: {names[name]!r} is {list(factor.shape)} where a matrix belongs")
+        if not factor.dtype.is_floating_point:
+            raise UserError(
+                f"{file}: {names[name]!r} is {dtype_name(factor.dtype)}; factors are floating-point numbers"
+            )
 
 
 def _check_ranks(kind: Kind, factors: Mapping[str, Expression], names: Mapping[str, str], file: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optpass.adapters.exchangeable import DOWN, MERGED, UP, content_of
+from optpass.adapters.ldm_names import layout_paths
 from optpass.adapters.matching import Adaptable, belonging
 from optpass.adapters.planning import Adaptations, Chosen, plan_adapters, read_adapters
 from optpass.adapters.sites import SUFFIX, Site
@@ -151,6 +152,7 @@ class _Work:
             component=component,
             components=self.components,
             module=module,
+            layout=layout_paths(origin.get("config") or {}),
             absent="the bundle keeps no exchangeable weight of",
         )
 

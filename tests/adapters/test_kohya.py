@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 from unets import PROJECTIONS, factors, save, small_text_encoder, small_unet
 
-from optpass.adapters.ldm_names import ldm_names
+from optpass.adapters.ldm_names import layout_paths, ldm_names
 from optpass.capture.sources import capture
 from optpass.errors import UserError
 
@@ -178,3 +178,14 @@ def test_an_alpha_here_and_not_there(program, merge, tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"to_k\.lora_down\.weight' has no 'alpha' beside it"):
         merge(program, tmp_path / "a.safetensors")
+
+
+def test_the_configuration_says_what_names_depend_on():
+    """A refit knows the paths of the adapted weights alone, which have no resnet in them to count."""
+    unet = small_unet()
+    whole = {path: name for name, path in ldm_names(path for path, _ in unet.named_modules()).items()}
+    adapted = [path for path in whole if "attn1.to_q" in path or "upsamplers" in path]
+    found = ldm_names([*adapted, *layout_paths(unet.config)])
+    assert len(adapted) == 5
+    assert {path: found_name for found_name, path in found.items() if path in adapted} == {p: whole[p] for p in adapted}
+    assert not layout_paths({"model_type": "clip", "layers_per_block": 2})

@@ -134,3 +134,44 @@ def test_a_factor_that_is_not_finite(tmp_path, value):
     adapter = read_adapter(folder(tmp_path, {A: PAIR[A], B: broken}))
     with pytest.raises(WeightError, match=r"to_q\.lora_B\.weight' holds NaN or Inf"):
         adapter.check_finite()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"q.lora_A.weight": torch.ones(0, 8), "q.lora_B.weight": torch.ones(12, 0)}, r"'q\.lora_.*\[.*0.*matrix"),
+        ({"q.lora_A.weight": torch.ones(2, 8).char(), "q.lora_B.weight": torch.ones(12, 2)}, r"lora_A.* is i8"),
+        ({"q.lokr_w1": torch.ones(()), "q.lokr_w2": torch.ones(4, 4)}, r"'q\.lokr_w1' is \[\] where a matrix"),
+        ({"q.lokr_w1": torch.ones(4, 4), "q.lokr_w2": torch.ones(4)}, r"'q\.lokr_w2' is \[4\] where a matrix"),
+        ({f"q.hada_w{n}_{x}": torch.ones(2) for n in "12" for x in "ab"}, r"'q\.hada_w1_a' is \[2\] where a matrix"),
+    ],
+)
+def test_factors_that_are_no_matrices(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=message):
+        read_adapter(tmp_path / "lora.safetensors")
+
+
+def test_factors_in_eight_bits(tmp_path):
+    tensors = {key: value.to(torch.float8_e4m3fn) for key, value in PAIR.items()}
+    [adaptation] = read_adapter(folder(tmp_path, tensors)).modules.values()
+    read_adapter(tmp_path).check_finite()
+    assert (adaptation.delta((12, 8)).evaluate() == 6).all()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "shape"),
+    [
+        ({"down": (2, 8, 1, 1), "up": (12, 2, 1, 1), "mid": (2, 2, 9, 1)}, (12, 8, 3, 3)),
+        ({"w1_a": (12, 2), "w1_b": (2, 8), "w2_a": (12, 2), "w2_b": (2, 7)}, (12, 8)),
+        ({"w1_a": (2, 12), "w1_b": (2, 8), "w2_a": (2, 12), "w2_b": (2, 8), "t1": (2, 2, 3), "t2": (2, 2)}, (12, 8, 3)),
+    ],
+)
+def test_factors_that_make_another_shape(tmp_path, tensors, shape):
+    """As many values as the weight has, or one factor of its shape, are not enough."""
+    names = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"}
+    values = {f"q.{names.get(name, f'hada_{name}')}": torch.ones(size) for name, size in tensors.items()}
+    save_file(values, tmp_path / "lora.safetensors")
+    [adaptation] = read_adapter(tmp_path / "lora.safetensors").modules.values()
+    with pytest.raises(UserError, match="changes a weight of"):
+        adaptation.check_fits(shape)

@@ -236,7 +236,13 @@ def test_the_command(model: tuple[str, Path], tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["refit", str(bundle), "--base"])
     assert done.exit_code == 0
     assert "no adapter; 3 tensors" in " ".join(done.stdout.split())
-    assert isinstance(CliRunner().invoke(app, ["refit", str(bundle)]).exception, (UserError, SystemExit))
+    for wrong in (
+        [],
+        ["--base", "--scale", "1", "--scale", "2"],
+        ["--base", "--scale", "1"],
+        [str(second), "--scale", "inf"],
+    ):
+        assert isinstance(CliRunner().invoke(app, ["refit", str(bundle), *wrong]).exception, (UserError, SystemExit))
 
 
 @pytest.mark.parametrize("mode", ["refit", "keep"])
