@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 
-import torch
-import torch.export._trace
-
 TELLERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 """Loggers that print, at length, what the error that follows says."""
 
@@ -43,6 +40,9 @@ def quiet_export() -> Iterator[None]:
 
     Provenance comes from module paths; a Python stack for every node costs a tenth of the capture.
     """
+    # A second to import, for whoever does not export.
+    import torch.export._trace
+
     previous = torch.fx.config.do_not_emit_stack_traces
     torch.fx.config.do_not_emit_stack_traces = True
     try:

@@ -12,8 +12,7 @@ from optpass.adapters.keys import ModuleKey
 from optpass.adapters.ldm_names import ldm_names
 from optpass.adapters.reading import Adapter
 from optpass.adapters.sites import SUFFIX, Site, sites
-from optpass.capture.configs import DENOISERS, PIPELINE_INDEX
-from optpass.capture.submodule import MODULE_OF
+from optpass.capture.configs import DENOISERS, MODULE_OF, PIPELINE_INDEX
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Expression, dtype_name

@@ -13,6 +13,8 @@ CONFIG = "config.json"
 PIPELINE_INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")
 """What pipelines call the model that their loop runs."""
+MODULE_OF = "module of "
+"""In front of the kind of source, where a module was captured out of its model."""
 
 
 def config_path(path: Path) -> Path | None:

@@ -7,15 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from optpass.capture.configs import MODULE_OF
 from optpass.capture.export import tied_names
 from optpass.errors import UserError, nearest
 from optpass.ir.program import Origin
 from optpass.ir.weights import Expression
 
 Weights = dict[str, Expression] | None
-
-MODULE_OF = "module of "
-"""What stands in front of a model's kind where a module of it was captured alone."""
 
 
 def submodule(module: nn.Module, weights: Weights, origin: Origin, path: str) -> tuple[nn.Module, Weights, Origin]:
