@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.fx import Node
 
+from optpass.analysis.module_paths import matches
 from optpass.ir.graph import PATH, Graph, value_of
 from optpass.ir.program import Program
 from optpass.ir.weights import Cast, Constant, WeightStore
@@ -50,11 +50,11 @@ class CastFloats(Pass):
     contract = approximate()
 
     def requires(self, program: Program) -> list[str]:
-        paths = {path for graph in program.entries.values() for node in graph.calls for path in _prefixes(node)}
+        modules = {str(node.meta.get(PATH, "")) for graph in program.entries.values() for node in graph.calls}
         return [
             f"keep: {pattern!r} matches no module of the model"
             for pattern in self.keep
-            if not any(fnmatchcase(path, pattern) for path in paths)
+            if not any(matches(module, (pattern,)) for module in modules)
         ]
 
     def run(self, program: Program, context: Context) -> Program:
@@ -78,7 +78,7 @@ class CastFloats(Pass):
             if expression.dtype in FLOATS
             and expression.dtype != dtype
             and name not in cold
-            and not kept(name.rpartition(".")[0], self.keep)
+            and not matches(name.rpartition(".")[0], self.keep)
         }
         return Plan(dtype, weights, frozenset(used[name].dtype for name in weights), cold, self.keep)
 
@@ -99,18 +99,6 @@ class Plan:
 
     def converted(self, dtype: torch.dtype) -> torch.dtype:
         return self.dtype if dtype in self.sources else dtype
-
-
-def kept(path: str, patterns: Sequence[str]) -> bool:
-    """Whether the module ``path``, or one that it lies in, matches a pattern."""
-    parts = path.split(".")
-    prefixes = [".".join(parts[: count + 1]) for count in range(len(parts))]
-    return any(fnmatchcase(prefix, pattern) for pattern in patterns for prefix in prefixes)
-
-
-def _prefixes(node: Node) -> Iterator[str]:
-    parts = str(node.meta.get(PATH, "")).split(".")
-    return (".".join(parts[: count + 1]) for count in range(len(parts)))
 
 
 def _cold_constants(graphs: Iterable[Graph], weights: WeightStore) -> frozenset[str]:
@@ -161,7 +149,7 @@ class _Conversion:
                 self._retype(node, self.plan.converted(value_of(node).dtype))
             elif node.op == "get_attr" and str(node.target) in self.plan.weights:
                 self._retype(node, self.plan.dtype)
-            elif node.op == "call_function" and not kept(str(node.meta[PATH]), self.plan.keep):
+            elif node.op == "call_function" and not matches(str(node.meta[PATH]), self.plan.keep):
                 self._convert(node, self.plan.converted if node in warm else _same)
             elif node.op == "call_function":
                 self._operands(node, _same)

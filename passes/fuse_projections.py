@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch.fx import Node
 
+from optpass.analysis.module_paths import matches
 from optpass.analysis.operators import argument
 from optpass.ir.algebra import Full
 from optpass.ir.graph import PATH, Graph, shape_of, value_of
@@ -57,7 +57,7 @@ class FuseProjections(Pass):
         return [
             f"match: {pattern!r} matches no module that has projections"
             for pattern in self.match
-            if pattern != "*" and not any(_matches(owner, (pattern,)) for owner in owners)
+            if pattern != "*" and not any(matches(owner, (pattern,)) for owner in owners)
         ]
 
     def run(self, program: Program, context: Context) -> Program:
@@ -81,7 +81,7 @@ class FuseProjections(Pass):
         """Siblings by input and module; those that differ in what one product must share are told and left out."""
         families: dict[Any, list[Projection]] = defaultdict(list)
         for projection in _projections(graph):
-            if _matches(projection.owner, self.match):
+            if matches(projection.owner, self.match):
                 place = None if self.across else projection.parent
                 families[projection.node.args[0], place].append(projection)
         for family in families.values():
@@ -209,13 +209,6 @@ def _settings(node: Node) -> tuple[Any, ...]:
         given = list(argument(node, name))
         found.append(tuple(given * rank if len(given) == 1 else given))
     return tuple(found)
-
-
-def _matches(owner: str, patterns: Iterable[str]) -> bool:
-    """Whether the module, or one that it lies in, matches a pattern."""
-    parts = owner.split(".")
-    prefixes = [".".join(parts[: count + 1]) for count in range(len(parts))]
-    return any(fnmatchcase(prefix, pattern) for pattern in patterns for prefix in prefixes)
 
 
 def _unshared(program: Program, groups: Sequence[Group], context: Context) -> Iterator[Group]:

@@ -16,8 +16,8 @@ import torch
 from torch.fx import Node
 
 from optpass.adapters.adaptation import Adaptation, direction_scale, merged
-from optpass.adapters.sites import ADAPTED, CONVOLUTIONS, SUFFIX
-from optpass.analysis.operators import argument
+from optpass.adapters.sites import ADAPTED, SUFFIX
+from optpass.analysis.operators import CONVOLUTIONS, argument
 from optpass.ir.graph import Graph
 from optpass.ir.program import Program
 from optpass.ir.weights import Cast, Expression, Scale, Sum, WeightStore

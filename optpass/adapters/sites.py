@@ -8,18 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from optpass.analysis.operators import CONVOLUTIONS
 from optpass.ir.graph import path_of
 from optpass.ir.program import Program
 from optpass.ir.text import operator_name
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = frozenset(
-    {
-        *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
-        *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-    }
-)
 ADAPTED = CONVOLUTIONS | {aten.linear.default}
 """Operators whose ``weight`` adapters change."""
 SUFFIX = ".weight"

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch.fx import Node
 
 from optpass.analysis.free_operators import is_free
-from optpass.analysis.operators import FUSED_ATTENTION, argument, aten
+from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, argument, aten
 from optpass.ir.graph import example_shape as shape_of
 
 Rule = Callable[[Node], int]
@@ -126,12 +126,7 @@ def baddbmm(node: Node) -> int:
 
 
 @mac_rule(
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
+    *CONVOLUTIONS,
     aten._convolution_mode.default,
     aten._conv_depthwise2d.default,
     aten.conv_depthwise3d.default,

@@ -85,6 +85,15 @@ MATMULS = frozenset(
 """Products of two activations (or of an activation and a weight) that are not ``linear`` or a convolution."""
 
 
+CONVOLUTIONS = frozenset(
+    {
+        *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+        *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+    }
+)
+"""Convolutions as models call them; ``padding`` is given in numbers, or as ``same`` or ``valid``."""
+
+
 def is_view(node: Node) -> bool:
     """Whether the result shares its first operand's storage: what the schema says, casts excepted.
 

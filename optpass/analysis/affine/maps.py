@@ -31,9 +31,6 @@ class Price(NamedTuple):
     def plus(self, other: Price) -> Price:
         return Price(self.macs + other.macs, self.weights + other.weights, self.nodes + other.nodes)
 
-    def less(self, other: Price) -> Price:
-        return Price(self.macs - other.macs, self.weights - other.weights, self.nodes - other.nodes)
-
     def shared(self, users: int) -> Price:
         """One user's part."""
         return Price(self.macs / users, self.weights / users, self.nodes / users)

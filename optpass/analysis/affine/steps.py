@@ -13,7 +13,7 @@ from torch.fx import Node
 from optpass.analysis.affine.constants import Constants
 from optpass.analysis.affine.expressions import added, reshaped, transposed
 from optpass.analysis.affine.maps import Affine, Map, Transposed, Uniform, channelwise
-from optpass.analysis.operators import argument, aten
+from optpass.analysis.operators import CONVOLUTIONS, argument, aten
 from optpass.ir.algebra import Einsum, Full, Power
 from optpass.ir.graph import shape_of, value_of
 from optpass.ir.weights import Expression, Scale, accumulation_dtype
@@ -283,17 +283,7 @@ RULES: dict[Any, Callable[[Node, Constants], Step | None]] = {
     aten.matmul.default: _matmul,
     aten.mm.default: _matmul,
     aten.addmm.default: _addmm,
-    **dict.fromkeys(
-        (
-            aten.conv1d.default,
-            aten.conv2d.default,
-            aten.conv3d.default,
-            aten.conv1d.padding,
-            aten.conv2d.padding,
-            aten.conv3d.padding,
-        ),
-        _convolution,
-    ),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys(
         (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
         _transposed_convolution,
