@@ -27,8 +27,10 @@ def computed(policy: Policy, steps: int, metrics: dict[str, float] | list[dict[s
 
 @pytest.mark.parametrize(
     ("steps", "rate", "count"),
-    [(30, 6, 8), (30, 5, 9), (30, 4, 10), (30, 3, 12), (30, 2, 17), (30, 1, 30)]
-    + [(100, 12, 12), (100, 10, 13), (100, 8, 16), (100, 6, 20), (100, 4, 28), (100, 3, 36)],
+    [
+        *[(30, 6, 8), (30, 5, 9), (30, 4, 10), (30, 3, 12), (30, 2, 17), (30, 1, 30)],
+        *[(100, 12, 12), (100, 10, 13), (100, 8, 16), (100, 6, 20), (100, 4, 28), (100, 3, 36)],
+    ],
 )
 def test_constant_rates_compute_as_many_steps_as_the_papers_table_follows_from(steps, rate, count):
     found = computed(RateCodebook(codebook={1.0: rate}), steps, {CHANGE: 0.1})
