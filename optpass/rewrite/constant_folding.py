@@ -26,7 +26,7 @@ from optpass.ir.program import Program
 from optpass.ir.sizes import is_size, sizes_of
 from optpass.ir.slots import has_slot
 from optpass.ir.weights import Cast, Constant, Expression, Permute, Reshape, is_larger
-from optpass.rewrite.common_subexpressions import is_deterministic
+from optpass.analysis.computations import is_deterministic
 from optpass.rewrite.naming import WeightNames
 from optpass.rewrite.rules import replace
 from optpass.rewrite.views import RESHAPES
