@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 # Nothing here may reach a hub; a test that tries must fail at once and not wait.
@@ -13,8 +14,10 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from optpass.capture.sources import capture
 from optpass.evaluate.difference import random_inputs
 from optpass.ir.program import Program
 from optpass.testing import capture_module, randomised
@@ -30,6 +33,22 @@ def _capture_module() -> Callable[..., tuple[Program, nn.Module]]:
 @pytest.fixture(name="randomised")
 def _randomised() -> Callable[[nn.Module], nn.Module]:
     return randomised
+
+
+@pytest.fixture
+def capture_open(tmp_path: Path) -> Callable[..., Program]:
+    """Captures a class ``Model``, given as text, with open sizes and random weights."""
+
+    def capture_text(source: str, example: str, sizes: Mapping[str, Any]) -> Program:
+        path = tmp_path / "model.py"
+        code = f"import torch\nfrom torch import nn\nfrom torch.nn import functional\n{dedent(source)}"
+        path.write_text(f"{code}\ndef model():\n    return Model()\n\ndef model_inputs():\n    return {example}\n")
+        namespace: dict[str, Any] = {}
+        exec(code, namespace)
+        save_file(randomised(namespace["Model"]()).state_dict(), tmp_path / "model.safetensors")
+        return capture(f"{path}:model", weights=tmp_path / "model.safetensors", inputs=sizes)
+
+    return capture_text
 
 
 @pytest.fixture(scope="session")
