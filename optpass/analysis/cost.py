@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from optpass.analysis.attention import attention_products
 from optpass.analysis.liveness import peak_activation_bytes
 from optpass.analysis.mac_rules import attention_inside, is_counted, macs_of
 from optpass.ir.graph import PATH, Graph, operators
+from optpass.ir.loop import Cycle, Listed, Loop
 from optpass.ir.program import Program
 from optpass.ir.text import operator_name
 from optpass.ir.weights import Constant, Expression, WeightStore
@@ -108,7 +110,11 @@ class EntryCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """Every entry, and the Program: shared weights once, MACs summed, the worst entry's peak."""
+    """Every entry, and the Program: shared weights once, the worst entry's peak.
+
+    The Program's MACs are those of its entries together; of a loop, those of a call in the mean of a period, what
+    runs once a generation or once a timestep left out (:mod:`optpass.analysis.generation` counts it).
+    """
 
     entries: Mapping[str, EntryCost]
     totals: Totals
@@ -131,14 +137,32 @@ def measure(program: Program) -> Cost:
     entries = {name: _measure_entry(graph, program.weights) for name, graph in program.entries.items()}
     parameters = {name: count for entry in entries.values() for name, count in entry.parameters.items()}
     each = [entry.totals for entry in entries.values()]
+    shares = call_shares(program.loop) if program.loop else dict.fromkeys(entries, Fraction(1))
     totals = Totals(
         parameters=sum(parameters.values()),
-        macs=sum(totals.macs for totals in each),
-        macs_attention=sum(totals.macs_attention for totals in each),
+        macs=round(sum(share * entries[name].totals.macs for name, share in shares.items())),
+        macs_attention=round(sum(share * entries[name].totals.macs_attention for name, share in shares.items())),
         weight_bytes=program.used_weights().nbytes,
         peak_activation_bytes=max((totals.peak_activation_bytes for totals in each), default=0),
     )
     return Cost(entries, totals)
+
+
+def call_shares(loop: Loop) -> dict[str, Fraction]:
+    """How often a call runs each entry in the mean of a period; where a policy decides, as if all were computed."""
+    match loop.schedule:
+        case Cycle(variants):
+            weights = {name: Fraction(variants.count(name), len(variants)) for name in loop.variants}
+        case Listed(computed, of):
+            share = Fraction(len(computed), of)
+            weights = {loop.reused: 1 - share, loop.computed: share}
+        case _:
+            weights = {loop.computed: Fraction(1)}
+    found: dict[str, Fraction] = {}
+    for variant, weight in weights.items():
+        for entry in loop.variants[variant]:
+            found[entry] = found.get(entry, Fraction(0)) + weight
+    return found
 
 
 def _measure_entry(graph: Graph, weights: WeightStore) -> EntryCost:

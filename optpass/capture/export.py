@@ -23,7 +23,8 @@ from optpass.interchange.canonical import canonicalise
 from optpass.ir.dialect import verify
 from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import Graph
-from optpass.ir.program import InputRange, Loop, Origin, Program
+from optpass.ir.loop import single_step
+from optpass.ir.program import InputRange, Origin, Program
 from optpass.ir.signature import Signature, tree_of_example, tree_of_spec
 from optpass.ir.weights import Expression
 from optpass.quiet import first_lines, quiet_export
@@ -175,7 +176,8 @@ def program_of(
     constants = rewrite(graph, constants)
     _merge_tied(graph, aliases, checkpoint or {})
     weights = bind(graph, aliases, constants, checkpoint)
-    program = Program({ENTRY: graph}, weights, origin, Loop(ENTRY) if loop else None, dict(ranges or {}))
+    driven = single_step(ENTRY, signature) if loop else None
+    program = Program({ENTRY: graph}, weights, origin, driven, dict(ranges or {}))
     verify(program)
     return program
 

@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optpass.capture.sources import capture
 from optpass.capture.spans import Sizes, Span
 from optpass.errors import UserError
-from optpass.evaluate.difference import IDENTICAL_DB, runners_difference, trial_inputs
+from optpass.evaluate.difference import IDENTICAL_DB, runners_difference
 from optpass.evaluate.latency import compare_latency
 from optpass.evaluate.quality import Evaluator, psnr
+from optpass.evaluate.walks import call_trials, timed_calls
+from optpass.ir.interface import Interface
+from optpass.ir.program import InputRange
 from optpass.runtime.bundle import MANIFEST, read_manifest
 from optpass.runtime.loading import load
-from optpass.runtime.module import EngineModule, program_module
+from optpass.runtime.looped import LoopModule, program_module
+from optpass.runtime.module import EngineModule
 from optpass.runtime.sampling import GUIDANCE, Asked, can_sample, generate
 
 
@@ -52,13 +57,12 @@ def compare(
     progress("load", 1.0)
     _check_interfaces(before, after)
     manifest = read_manifest(bundle)
-    trials = trial_inputs(after.module, after.module.dimensions, manifest.input_ranges(), seed)
-    inputs = trials[0]
+    trials, calls = _trials(before.module, after.module, manifest.input_ranges(), seed)
     difference = runners_difference(before.module.runner, after.module.runner, trials)
     latency = compare_latency(
         (before.label, before.module.runner),
         (after.label, after.module.runner),
-        (inputs, inputs),
+        calls,
         runs=runs,
         progress=lambda fraction: progress("latency", fraction),
     )
@@ -69,6 +73,16 @@ def compare(
         "latency": latency.as_dict(),
         "samples": _compare_samples(before, after, samples, steps, seed, progress),
     }
+
+
+def _trials(
+    before: EngineModule, after: EngineModule, ranges: Mapping[str, InputRange], seed: int
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Calls to compare the answers of, and calls to time: for modules with a schedule, whole walks through it."""
+    looped = next((module for module in (after, before) if isinstance(module, LoopModule)), None)
+    call = Interface(after.inputs, after.outputs, after.dimensions)
+    loop = looped.runner.loop if looped else None
+    return call_trials(call, ranges, seed, loop=loop), timed_calls(call, ranges, seed, loop=loop)
 
 
 def _bundle_side(folder: Path) -> Side:

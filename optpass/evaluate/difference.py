@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from optpass.ir.dimensions import Dimensions
-from optpass.ir.graph import FixedSpec
+from optpass.ir.graph import FixedSpec, Graph
+from optpass.ir.interface import Interface, call_interface
+from optpass.ir.loop import LOOP
 from optpass.ir.program import InputRange, Program
+from optpass.ir.weights import WeightStore
 from optpass.pipeline.target import Runner
 
 LARGER = 4
@@ -105,23 +108,51 @@ def program_difference(reference: Program, other: Program, *, trials: int = TRIA
     Raises:
         MissingValuesError: a Program was captured structure-only.
     """
+    from optpass.evaluate.walks import call_trials
+
     worst = EQUAL
-    for name in reference.entries:
-        if name not in other.entries:
+    calls, others = program_calls(reference), program_calls(other)
+    loop = other.loop if other.loop and not other.loop.stateless else reference.loop
+    for name, call in calls.items():
+        if name not in others:
             continue
-        graph = reference.entries[name]
-        examples = trial_inputs(graph, graph.dimensions, reference.ranges, seed, trials)
-        expected = [program_runner(reference, name)(example) for example in examples]
-        found = [program_runner(other, name)(example) for example in examples]
+        examples = call_trials(call, reference.ranges, seed, loop=loop, trials=trials)
+        expected = _answers(reference, name, examples)
+        found = _answers(other, name, examples)
         for a, b in zip(expected, found, strict=True):
             worst = worst.worst(outputs_difference(a, b))
     return worst
 
 
+def _answers(program: Program, call: str, examples: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    from optpass.runtime.loop import call_runners
+
+    entries = list(program.entries) if program.loop else [call]
+    run = call_runners(program, program_runners(program, entries))[call]
+    return [run(example) for example in examples]
+
+
+def program_calls(program: Program) -> dict[str, Interface]:
+    """What ``program`` is called by: the whole loop under :data:`LOOP`, or every entry under its name."""
+    interfaces = program.interfaces
+    return {LOOP: call_interface(program.loop, interfaces)} if program.loop else interfaces
+
+
 def program_runner(program: Program, entry: str) -> Runner:
     """An entry executed by PyTorch on the CPU, weights read into memory once."""
-    graph = program.entries[entry]
-    module = graph.module(program.weights)
+    return program_runners(program, [entry])[entry]
+
+
+def program_runners(program: Program, entries: Iterable[str] | None = None) -> dict[str, Runner]:
+    """Entries (all by default) executed by PyTorch on the CPU; each weight is read into memory once."""
+    graphs = {name: program.entries[name] for name in (program.entries if entries is None else entries)}
+    read = dict.fromkeys(weight for graph in graphs.values() for weight in graph.weight_names)
+    values = {name: program.weights[name].evaluate() for name in read}
+    return {name: _graph_runner(graph, program.weights, values) for name, graph in graphs.items()}
+
+
+def _graph_runner(graph: Graph, weights: WeightStore, values: Mapping[str, Tensor]) -> Runner:
+    module = graph.module(weights, values=values)
     specs, names = graph.inputs, graph.signature.outputs
 
     def run(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -132,7 +163,7 @@ def program_runner(program: Program, entry: str) -> Runner:
     return run
 
 
-class Interface(Protocol):
+class Sized(Protocol):
     """What has inputs of open sizes: a graph, an engine."""
 
     def inputs_at(self, sizes: Mapping[str, int] | None = None) -> tuple[FixedSpec, ...]:
@@ -140,14 +171,14 @@ class Interface(Protocol):
 
 
 def trial_inputs(
-    interface: Interface, dimensions: Dimensions, ranges: Mapping[str, InputRange], seed: int, trials: int = 1
+    interface: Sized, dimensions: Dimensions, ranges: Mapping[str, InputRange], seed: int, trials: int = 1
 ) -> list[dict[str, Tensor]]:
     """Random inputs of each of :func:`trial_specs`."""
     specs = trial_specs(interface, dimensions, trials)
     return [random_inputs(each, ranges, seed + index) for index, each in enumerate(specs)]
 
 
-def trial_specs(interface: Interface, dimensions: Dimensions, trials: int = 1) -> list[tuple[FixedSpec, ...]]:
+def trial_specs(interface: Sized, dimensions: Dimensions, trials: int = 1) -> list[tuple[FixedSpec, ...]]:
     """The inputs at the captured sizes, ``trials`` times, and once at each end of the open ranges.
 
     An end that makes the inputs more than :data:`LARGER` times as large is left out.

@@ -10,7 +10,7 @@ from optpass.evaluate.difference import IDENTICAL_DB
 from optpass.evaluate.quality import Evaluator, psnr
 from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
-from optpass.runtime.module import program_module
+from optpass.runtime.looped import program_module
 from optpass.runtime.sampling import GUIDANCE, Asked, Samples, generate
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 
@@ -62,16 +62,19 @@ class Comparison:
 def compare_latency(
     before: tuple[str, Runner],
     after: tuple[str, Runner],
-    inputs: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    calls: Sequence[Mapping[str, Tensor]],
     *,
     runs: int = RUNS,
     warmup: int = WARMUP,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Comparison:
-    """Time two labelled engines on their inputs, ``runs`` alternating pairs after ``warmup`` pairs."""
+    """Time two labelled engines on the same ``calls``, ``runs`` alternating pairs after ``warmup`` pairs.
+
+    Of several calls in a row (a walk through a schedule), the times are those of a call in the mean.
+    """
     pairs: list[tuple[float, float]] = []
     for index in range(warmup + runs):
-        pair = (_milliseconds(before[1], inputs[0]), _milliseconds(after[1], inputs[1]))
+        pair = (_milliseconds(before[1], calls), _milliseconds(after[1], calls))
         if index >= warmup:
             pairs.append(pair)
         progress((index + 1) / (warmup + runs))
@@ -88,10 +91,11 @@ def _latency(label: str, times: list[float]) -> Latency:
     return Latency(label, middle, low, high, len(times))
 
 
-def _milliseconds(runner: Runner, inputs: Mapping[str, Tensor]) -> float:
+def _milliseconds(runner: Runner, calls: Sequence[Mapping[str, Tensor]]) -> float:
     start = time.perf_counter()
-    runner(inputs)
-    return (time.perf_counter() - start) * 1e3
+    for inputs in calls:
+        runner(inputs)
+    return (time.perf_counter() - start) * 1e3 / len(calls)
 
 
 def _spread(values: list[float]) -> tuple[float, float, float]:

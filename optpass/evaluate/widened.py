@@ -36,7 +36,9 @@ def widened(program: Program, *, unrounded: bool = False) -> Program:
     if unrounded:
         # A float32 weight may be computed from rounded ones: constant keys of prompts, from merged projections.
         narrow = {name: _unrounded(e) for name, e in program.weights.items() if e.dtype in (*NARROW, *WIDE)}
-    return replace(wide, weights=wide.weights.updated({name: _cast(e) for name, e in narrow.items()}))
+    return replace(
+        wide, weights=wide.weights.updated({name: _cast(e) for name, e in narrow.items()})
+    ).with_written_states()
 
 
 def _cast(expression: Expression) -> Expression:

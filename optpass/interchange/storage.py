@@ -20,7 +20,8 @@ from torch.export import ExportedProgram
 from optpass.errors import DialectError, OptpassError, UserError, WeightError
 from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import Graph
-from optpass.ir.program import InputRange, Loop, Origin, Program
+from optpass.ir.loop import Loop, single_step
+from optpass.ir.program import InputRange, Origin, Program
 from optpass.ir.safetensors_io import read_safetensors, write_safetensors
 from optpass.ir.signature import Signature
 from optpass.ir.weights import (
@@ -34,7 +35,7 @@ from optpass.ir.weights import (
 
 INDEX = "program.json"
 WEIGHTS = "weights.safetensors"
-SCHEMA = 1
+SCHEMA = 2
 
 
 def save_program(
@@ -134,7 +135,7 @@ def load_program(folder: Path) -> Program:
             entries,
             _load_weights(folder, index["weights"]),
             _load_origin(folder, index["origin"]),
-            Loop(str(index["loop"]["entry"])) if index["loop"] else None,
+            _load_loop(index["loop"], entries) if index["loop"] else None,
             {name: InputRange(**span) for name, span in index["ranges"].items()},
         )
         verify(program)
@@ -144,9 +145,16 @@ def load_program(folder: Path) -> Program:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / INDEX} is damaged: {type(error).__name__}: {error}") from error
-    if not entries or (program.loop and program.loop.entry not in entries):
+    if not entries:
         raise UserError(f"{folder / INDEX} is damaged: it lacks the entry that runs")
     return program
+
+
+def _load_loop(record: Mapping[str, Any], entries: Mapping[str, Graph]) -> Loop | None:
+    if "entry" in record:
+        # Schema 1 knew loops of one entry.
+        return single_step(str(record["entry"]), entries[record["entry"]].signature)
+    return Loop.from_json(record)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

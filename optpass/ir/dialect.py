@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from optpass.errors import DialectError
 from optpass.ir.graph import PATH, Graph
+from optpass.ir.loop_legality import loop_problems
 from optpass.ir.program import Program
 from optpass.ir.sizes import SYMBOLIC, is_size, size_of, sizes_of
 from optpass.ir.weights import WeightStore, dtype_name
@@ -74,7 +75,7 @@ def is_inplace(target: Any) -> bool:
 
 
 def verify(program: Program) -> None:
-    """Check every entry against the dialect.
+    """Check every entry against the dialect, and the loop over them.
 
     Raises:
         DialectError: with every violation found, one a line, each naming its node and module.
@@ -85,6 +86,8 @@ def verify(program: Program) -> None:
             shown = "\n  ".join(problems[:20])
             more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise DialectError(f"entry {name!r} left the canonical dialect:\n  {shown}{more}")
+    if program.loop and (problems := loop_problems(program.loop, program.interfaces)):
+        raise DialectError("the loop is not legal:\n  " + "\n  ".join(problems))
 
 
 def _problems(graph: Graph, weights: WeightStore) -> Iterator[str]:

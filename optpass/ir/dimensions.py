@@ -6,7 +6,7 @@ beyond ranges (relations between dimensions) is kept as guards; a call outside e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,6 +124,12 @@ class Dimensions:
     def _broken(self, sizes: Mapping[str, int]) -> str:
         known = {identifier(name): size for name, size in sizes.items()}
         return next((guard for guard in self.guards if not Guard(guard).holds(known)), "")
+
+    def restricted(self, symbols: Collection[str]) -> Dimensions:
+        """The dimensions of ``symbols`` alone, with the guards that speak of no other."""
+        items = tuple(item for item in self.items if item.symbol in symbols)
+        known = {identifier(item.name) for item in items}
+        return Dimensions(items, tuple(guard for guard in self.guards if Guard(guard).names <= known))
 
     def as_json(self) -> dict[str, Any]:
         return {"items": [item.as_json() for item in self.items], "guards": list(self.guards)}

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from optpass.ir.graph import Graph
+from optpass.ir.interface import Interface
+from optpass.ir.loop import Loop, State, present
 from optpass.ir.weights import Expression, WeightStore
 
 
@@ -56,16 +58,6 @@ class InputRange:
 
 
 @dataclass(frozen=True)
-class Loop:
-    """How a sampled model is driven: which entry runs at every step. One entry until passes split it."""
-
-    entry: str
-
-    def as_json(self) -> dict[str, Any]:
-        return {"entry": self.entry}
-
-
-@dataclass(frozen=True)
 class Program:
     """Entries, weights, loop and origin. Treat as a value: passes return a new one.
 
@@ -81,9 +73,25 @@ class Program:
     def copy(self) -> Program:
         return replace(self, entries={name: graph.copy() for name, graph in self.entries.items()})
 
+    @property
+    def interfaces(self) -> dict[str, Interface]:
+        """What every entry takes and gives."""
+        return {name: Interface.of(graph) for name, graph in self.entries.items()}
+
     def with_weights(self, changes: Mapping[str, Expression]) -> Program:
         """This Program with some weights' expressions added or replaced."""
         return replace(self, weights=self.weights.updated(changes))
+
+    def with_written_states(self) -> Program:
+        """With every state of the loop in the shape and dtype that entries write it in: after a change of both ends."""
+        if self.loop is None or not self.loop.states:
+            return self
+        outputs = {spec.name: spec for entry in self.interfaces.values() for spec in entry.outputs}
+        states = {
+            name: State.of(name, outputs[present(name)], state.initial) if present(name) in outputs else state
+            for name, state in self.loop.states.items()
+        }
+        return replace(self, loop=replace(self.loop, states=states))
 
     def used_weights(self) -> WeightStore:
         """The weights that some entry reads, each once."""

@@ -8,7 +8,7 @@ them (keyword arguments, dicts, tuples, diffusers' and transformers' output clas
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -179,6 +179,13 @@ class Signature:
     arguments: Tree
     output: Tree
     method: str = FORWARD
+
+    @staticmethod
+    def flat(inputs: Iterable[str], outputs: Iterable[str]) -> Signature:
+        """The call of something that is no module's: named tensors → a dict of named tensors."""
+        arguments = Tree("dict", children={name: Tree("tensor", name) for name in inputs})
+        output = Tree("dict", children={name: Tree("tensor", name) for name in outputs})
+        return Signature(tuple(arguments.children), arguments, output)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from optpass.ir.graph import Graph, path_of
+from optpass.ir.graph import Graph, TensorSpec, path_of
+from optpass.ir.loop import Loop
 from optpass.ir.program import Program
 from optpass.ir.sizes import SYMBOLIC, size_of, sizes_of
 from optpass.ir.weights import dtype_name
@@ -23,6 +24,8 @@ from optpass.ir.weights import dtype_name
 def program_text(program: Program, *, weights: bool = True) -> str:
     """Every entry, then (unless ``weights`` is false) the expression of every weight in use."""
     parts = [graph_text(graph, name) for name, graph in program.entries.items()]
+    if program.loop and not program.loop.stateless:
+        parts.append(loop_text(program.loop))
     if weights:
         lines = [
             f"  @{name} = {expression} : {dtype_name(expression.dtype)}{list(expression.shape)}"
@@ -30,6 +33,23 @@ def program_text(program: Program, *, weights: bool = True) -> str:
         ]
         parts.append("\n".join(["weights:", *lines]))
     return "\n\n".join(parts) + "\n"
+
+
+def loop_text(loop: Loop) -> str:
+    """Schedule, variants and states.
+
+    loop every=2:
+      full: head, body
+      reuse: head, tail
+      state hidden: f32[2, 4] (written)
+    """
+    schedule = " ".join(f"{key}={value}" for key, value in loop.schedule.as_json().items())
+    lines = [f"loop {schedule}:"]
+    lines += [f"  {name}: {', '.join(chain)}" for name, chain in loop.variants.items()]
+    lines += [f"  once: {name}" for name in loop.once] + [f"  table: {name}" for name in loop.tables]
+    for state in loop.states.values():
+        lines.append(f"  state {TensorSpec(state.name, state.shape, state.dtype)} ({state.initial})")
+    return "\n".join(lines)
 
 
 def graph_text(graph: Graph, name: str = "graph") -> str:

@@ -294,7 +294,7 @@ class _Planner:
 
     def _execute(self, name: str, programs: Sequence[Program], trials: Trials, macs: int) -> None:
         """A stage in which PyTorch runs ``programs`` one after another."""
-        read = trials.count * sum(self._read(program) for program in programs)
+        read = sum(self._read(program) for program in programs)
         memory = max(_executed_bytes(program, trials.largest) for program in programs)
         self.stages.append(Stage(name, macs, read, self.held + memory))
         self.held += max(held_bytes(program.used_weights()) for program in programs)
@@ -333,8 +333,7 @@ class _Planner:
             return "not collected: captured structure-only", 0
         if reason := evidence.skipped(self.request.verify, self.cost.totals):
             return f"not collected: {reason}", 0
-        entry = self.original.loop.entry if self.original.loop else next(iter(self.original.entries))
-        before, after = _entry_macs(self.original, entry), _entry_macs(result, entry)
+        before, after = _call_macs(self.original), _call_macs(result)
         self.held += engine.loaded
         trials, wide = Trials.of(self.original, 1), widened(self.original)
         memory = self.held + _executed_bytes(wide, trials.largest)
@@ -365,12 +364,11 @@ class _Planner:
 
 @dataclass(frozen=True)
 class Trials:
-    """Calls on random inputs: how many, and the work of all and the size of the largest beside the captured inputs.
+    """Calls on random inputs: the work of all and the size of the largest beside the captured inputs.
 
     Open dimensions are tried at the ends of their ranges as well; what a call takes goes with its inputs' elements.
     """
 
-    count: int
     work: float
     largest: float
 
@@ -378,12 +376,10 @@ class Trials:
     def of(program: Program, trials: int) -> Trials:
         """Those of every entry together."""
         ratios: list[float] = []
-        count = 0
         for graph in program.entries.values():
             specs = trial_specs(graph, graph.dimensions, trials)
-            count = max(count, len(specs))
             ratios += [elements(each) / max(elements(specs[0]), 1) for each in specs]
-        return Trials(count, sum(ratios) / max(len(program.entries), 1), max(ratios, default=1.0))
+        return Trials(sum(ratios) / max(len(program.entries), 1), max(ratios, default=1.0))
 
 
 def _needs(record: Pass) -> tuple[str, ...]:
@@ -404,8 +400,10 @@ def _macs(program: Program) -> int:
     return measure(program).totals.macs
 
 
-def _entry_macs(program: Program, entry: str) -> int:
-    return measure(program).entries[entry].totals.macs
+def _call_macs(program: Program) -> int:
+    """Of a call of the loop, or of the first entry."""
+    cost = measure(program)
+    return cost.totals.macs if program.loop else next(iter(cost.entries.values())).totals.macs
 
 
 def _executed_bytes(program: Program, larger: float) -> int:

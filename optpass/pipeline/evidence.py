@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from optpass.analysis.cost import Totals, measure
-from optpass.evaluate.difference import EQUAL, IDENTICAL_DB, program_runner, runners_difference, trial_inputs
+from optpass.evaluate.difference import EQUAL, IDENTICAL_DB, program_calls, program_runners, runners_difference
 from optpass.evaluate.latency import compare_latency
 from optpass.evaluate.quality import Evaluator, psnr
+from optpass.evaluate.walks import call_trials, timed_calls
 from optpass.evaluate.widened import widened
 from optpass.ir.program import Program
 from optpass.pipeline.request import Progress, Request
 from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target
 from optpass.pipeline.verification import Mode, is_small
-from optpass.runtime.module import EngineModule, component_of, engine_module
+from optpass.runtime.loop import call_runners
+from optpass.runtime.looped import engine_module
+from optpass.runtime.module import EngineModule
 from optpass.runtime.sampling import GUIDANCE, Asked, Samples, can_sample, generate
 
 if TYPE_CHECKING:
@@ -48,18 +49,9 @@ class Subject:
     folder: Path
     progress: Progress
 
-    @property
-    def entries(self) -> list[str]:
-        """The entries to run: a loop's own, or all."""
-        return [self.program.loop.entry] if self.program.loop else list(self.program.entries)
-
-    def runners(
-        self, engines: Mapping[str, LoweredEntry] | None = None, folder: Path | None = None
-    ) -> dict[str, Runner]:
-        """The engines (or others of the same Program in ``folder``), loaded."""
-        return {
-            name: _runner(self.target, (engines or self.engines)[name], folder or self.folder) for name in self.entries
-        }
+    def runners(self) -> Runners:
+        """The engines, loaded."""
+        return {name: _runner(self.target, engine, self.folder) for name, engine in self.engines.items()}
 
 
 Runners = dict[str, Runner]
@@ -106,37 +98,32 @@ def skipped(mode: Mode, totals: Totals) -> str:
 
 def _difference(subject: Subject, after: Runners, request: Request) -> dict[str, float]:
     subject.progress("compare", 0.0)
-    worst, original = EQUAL, widened(subject.original)
-    for name, runner in after.items():
-        reference = program_runner(original, name)
-        worst = worst.worst(runners_difference(reference, runner, _trials(subject, name, request)))
+    worst, original, loop = EQUAL, widened(subject.original), subject.program.loop
+    references = call_runners(original, program_runners(original))
+    for name, runner in call_runners(subject.program, after).items():
+        trials = call_trials(program_calls(original)[name], original.ranges, request.seed, loop=loop)
+        worst = worst.worst(runners_difference(references[name], runner, trials))
     subject.progress("compare", 1.0)
     return worst.as_dict()
-
-
-def _trials(subject: Subject, entry: str, request: Request) -> list[dict[str, Tensor]]:
-    """Random inputs, at the sizes that were captured first, then at others that the entry takes."""
-    graph = subject.original.entries[entry]
-    return trial_inputs(graph, graph.dimensions, subject.original.ranges, request.seed)
 
 
 def _lowered_original(subject: Subject, request: Request, folder: Path) -> Runners:
     subject.progress("lower the original", 0.0)
     folder.mkdir()
     engines = subject.target.lower(subject.original, Lowering(folder, allow_nonfinite=request.allow_nonfinite))
-    runners = subject.runners(engines, folder)
+    runners = replace(subject, engines=engines, folder=folder).runners()
     subject.progress("lower the original", 1.0)
     return runners
 
 
 def _latency(subject: Subject, pair: tuple[Runners, Runners], request: Request) -> dict[str, Any]:
-    """Of the first entry."""
-    entry = subject.entries[0]
-    inputs = _trials(subject, entry, request)[0]
+    """Of the first call; of a loop, over a period of its schedule."""
+    before, after = call_runners(subject.original, pair[0]), call_runners(subject.program, pair[1])
+    name, call = next(iter(program_calls(subject.original).items()))
     return compare_latency(
-        ("original", pair[0][entry]),
-        ("optimised", pair[1][entry]),
-        (inputs, inputs),
+        ("original", before[name]),
+        ("optimised", after[name]),
+        timed_calls(call, subject.original.ranges, request.seed, loop=subject.program.loop),
         progress=lambda fraction: subject.progress("latency", fraction),
     ).as_dict()
 
@@ -162,7 +149,7 @@ def _samples(
     made: list[Samples] = []
     for side, stage in enumerate(stages):
         replaced = {
-            subject.program.origin.component: _module(subject, pair[side])
+            subject.program.origin.component: engine_module((subject.original, subject.program)[side], pair[side])
             for subject, pair in zip(subjects, pairs, strict=True)
         }
         made.append(_generate(request, folder, replaced, stage, progress))
@@ -184,10 +171,6 @@ def _samples(
         record["quality_before"] = evaluator.measure(before.frames, before.labels).as_dict()
         record["quality_after"] = evaluator.measure(after.frames, after.labels).as_dict()
     return record, Clips(labels=labels, before=before.frames, after=after.frames)
-
-
-def _module(subject: Subject, runners: Runners) -> EngineModule:
-    return component_of({name: engine_module(subject.program, name, runner) for name, runner in runners.items()})
 
 
 def _generate(

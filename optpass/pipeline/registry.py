@@ -1,7 +1,7 @@
 """Passes, targets and recipes by name. All of them arrive through entry points, ours as a stranger's.
 
-Groups: ``optpass.passes`` and ``optpass.targets`` name a class each, ``optpass.recipes`` a package
-that holds YAML files.
+Groups: ``optpass.passes``, ``optpass.targets`` and ``optpass.policies`` name a class each, ``optpass.recipes`` a
+package that holds YAML files.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import TypeVar
 from optpass.errors import OptpassError, UserError, nearest
 from optpass.pipeline.passes import Pass
 from optpass.pipeline.target import Target
+from optpass.runtime.policy import Policy
 
-PASSES, TARGETS, RECIPES = "optpass.passes", "optpass.targets", "optpass.recipes"
-Kind = TypeVar("Kind", Pass, Target)
+PASSES, TARGETS, RECIPES, POLICIES = "optpass.passes", "optpass.targets", "optpass.recipes", "optpass.policies"
+Kind = TypeVar("Kind", Pass, Target, Policy)
 
 
 def pass_names() -> list[str]:
@@ -47,6 +48,15 @@ def target_class(name: str) -> type[Target]:
         UserError: no target has this name.
     """
     return _load(TARGETS, name, "target", Target)  # type: ignore[type-abstract]
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The policy of adaptive schedules registered as ``name``.
+
+    Raises:
+        UserError: no policy has this name.
+    """
+    return _load(POLICIES, name, "policy", Policy)  # type: ignore[type-abstract]
 
 
 def recipe_files() -> dict[str, Path]:

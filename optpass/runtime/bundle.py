@@ -17,7 +17,11 @@ from optpass import __version__
 from optpass.errors import UserError, nearest
 from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import TensorSpec
+from optpass.ir.guards import Guard, identifier
 from optpass.ir.hashing import file_digest
+from optpass.ir.interface import Interface
+from optpass.ir.loop import Loop, single_step
+from optpass.ir.loop_legality import loop_problems
 from optpass.ir.program import InputRange, Program
 from optpass.ir.signature import Signature
 from optpass.ir.weights import dtype_from_name
@@ -30,7 +34,7 @@ MANIFEST = "manifest.json"
 COMPONENTS = "components"
 REFIT = "refit"
 SLOTS_FILE = ".slots.data"
-SCHEMA = 2
+SCHEMA = 3
 
 
 class FileRecord(BaseModel):
@@ -76,11 +80,24 @@ class EntryRecord(BaseModel):
             found = Dimensions.from_json(self.dimensions) if self.dimensions else FIXED
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the dimensions of {self.engine} are damaged: {error!r}") from error
+        known = {identifier(name) for name in found.by_name}
         for record in self.inputs:
             for size in record.shape:
-                if isinstance(size, str) and size not in found.by_name:
+                if isinstance(size, str) and size not in found.by_name and not Guard(size).names <= known:
                     raise UserError(f"the dimensions of {self.engine} are damaged: {size!r} has no range")
         return found
+
+    def interface(self) -> Interface:
+        """What it takes and gives.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        return Interface(
+            tuple(record.spec() for record in self.inputs),
+            tuple(record.spec() for record in self.outputs),
+            self.open_dimensions(),
+        )
 
     def call(self) -> Signature:
         """The captured module's call.
@@ -101,12 +118,6 @@ class TargetRecord(BaseModel):
     options: dict[str, Any] = {}
 
 
-class LoopRecord(BaseModel):
-    """Which entry runs at every step."""
-
-    entry: str
-
-
 class RangeRecord(BaseModel):
     """What random values of an input may be."""
 
@@ -123,7 +134,7 @@ class PartRecord(BaseModel):
 
     target: TargetRecord
     entries: dict[str, EntryRecord]
-    loop: LoopRecord | None = None
+    loop: dict[str, Any] | None = None
     ranges: dict[str, RangeRecord] = {}
     origin: dict[str, Any] = {}
     folder: str = "."
@@ -137,6 +148,35 @@ class PartRecord(BaseModel):
     def input_ranges(self) -> dict[str, InputRange]:
         """The captured ranges, by input name."""
         return {name: InputRange(span.low, span.high, span.distribution) for name, span in self.ranges.items()}
+
+    @property
+    def interfaces(self) -> dict[str, Interface]:
+        """What every entry takes and gives.
+
+        Raises:
+            UserError: a record is damaged.
+        """
+        return {name: entry.interface() for name, entry in self.entries.items()}
+
+    def driven(self) -> Loop | None:
+        """The loop that runs the entries, if they are a sampled model's.
+
+        Raises:
+            UserError: the record is damaged, or what it says of the entries is not legal.
+        """
+        if self.loop is None:
+            return None
+        try:
+            if "entry" in self.loop:
+                # Schemas 1 and 2 knew loops of one entry.
+                name = str(self.loop["entry"])
+                return single_step(name, self.entries[name].call())
+            loop = Loop.from_json(self.loop)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"the loop of {self.component or 'the model'} is damaged: {error!r}") from error
+        if problems := loop_problems(loop, self.interfaces):
+            raise UserError(f"the loop of {self.component or 'the model'} is damaged: {'; '.join(problems)}")
+        return loop
 
     def engine_files(self) -> list[str]:
         """The entries' main files, relative to the bundle."""
@@ -201,8 +241,8 @@ def read_manifest(bundle: Path) -> Manifest:
     if manifest.components is not None:
         file_inside(bundle, manifest.components)
     for part in manifest.all_parts():
-        if part.loop and part.entries and part.loop.entry not in part.entries:
-            raise UserError(f"{path} is damaged: the loop's entry {part.loop.entry!r} is not there")
+        if part.entries:
+            part.driven()
     return manifest
 
 
@@ -390,7 +430,7 @@ def part_record(
     return PartRecord(
         target=TargetRecord(name=target, options=dict(options)),
         entries={name: _entry(program, name, engine) for name, engine in engines.items()},
-        loop=LoopRecord(entry=program.loop.entry) if program.loop else None,
+        loop=program.loop.as_json() if program.loop else None,
         ranges={name: RangeRecord(**span.as_json()) for name, span in program.ranges.items()},
         origin=program.origin.as_json(),
         folder=folder,

@@ -8,6 +8,7 @@ from typing import Any
 from optpass.errors import UserError
 from optpass.pipeline.registry import target_class
 from optpass.runtime.bundle import Manifest, PartRecord, read_manifest, verify_files
+from optpass.runtime.looped import LoopModule
 from optpass.runtime.module import EngineModule, component_of
 
 
@@ -65,17 +66,22 @@ def _load_part(folder: Path, part: PartRecord) -> EngineModule:
     target.check_installed(name)
     if not target.runs_here:
         raise UserError(f"{folder} was built for target {name!r}, which does not run on this machine")
-    entries = {part.loop.entry: part.entries[part.loop.entry]} if part.loop else part.entries
+    origin: dict[str, Any] = {
+        "config": part.origin.get("config"),
+        "library": str(part.origin.get("library", "")),
+        "class_name": str(part.origin.get("class", "")),
+    }
+    runners = {
+        key: target.load(folder / part.folder, entry.model_dump(), part.target.options)
+        for key, entry in part.entries.items()
+    }
+    loop = part.driven()
+    if loop and not loop.stateless:
+        return LoopModule(loop, part.interfaces, runners, **origin)
     engines = {}
-    for key, entry in entries.items():
+    for key, entry in part.entries.items():
+        found = entry.interface()
         engines[key] = EngineModule(
-            entry.call(),
-            tuple(record.spec() for record in entry.inputs),
-            tuple(record.spec() for record in entry.outputs),
-            target.load(folder / part.folder, entry.model_dump(), part.target.options),
-            config=part.origin.get("config"),
-            dimensions=entry.open_dimensions(),
-            library=str(part.origin.get("library", "")),
-            class_name=str(part.origin.get("class", "")),
+            entry.call(), found.inputs, found.outputs, runners[key], dimensions=found.dimensions, **origin
         )
     return component_of(engines)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from optpass.errors import UserError, nearest
 from optpass.ir.dimensions import FIXED, Dimensions
 from optpass.ir.graph import FixedSpec, TensorSpec
-from optpass.ir.program import Program
 from optpass.ir.signature import FORWARD, Signature
 from optpass.pipeline.target import Runner
 from optpass.runtime.library import library_class, model_config, model_skeleton
@@ -221,33 +220,6 @@ def component_of(engines: Mapping[str, EngineModule]) -> EngineModule:
     for engine in engines.values():
         methods.setdefault(engine.signature.method, engine)
     return methods[FORWARD] if set(methods) == {FORWARD} else EngineMethods(methods)
-
-
-def engine_module(program: Program, entry: str, runner: Runner) -> EngineModule:
-    """``runner`` behind the call that ``entry`` of ``program`` was captured from."""
-    graph, origin = program.entries[entry], program.origin
-    return EngineModule(
-        graph.signature,
-        graph.inputs,
-        graph.outputs,
-        runner,
-        config=origin.config,
-        dimensions=graph.dimensions,
-        library=origin.library,
-        class_name=origin.class_name,
-    )
-
-
-def program_module(program: Program, entry: str | None = None) -> EngineModule:
-    """A Program in memory, executed by PyTorch, behind the captured module's call: all entries of it, or ``entry``.
-
-    Raises:
-        MissingValuesError: the Program was captured structure-only.
-    """
-    from optpass.evaluate.difference import program_runner
-
-    names = [entry] if entry else [program.loop.entry] if program.loop else list(program.entries)
-    return component_of({name: engine_module(program, name, program_runner(program, name)) for name in names})
 
 
 def _with_signature(call: Any, original: Any) -> Any:

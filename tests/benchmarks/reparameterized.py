@@ -101,7 +101,7 @@ def _compared(pair: Pair) -> tuple[Comparison, float]:
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         before, after = _engine(pair.before, Path(first)), _engine(pair.after, Path(second))
         error = outputs_difference(before(inputs), after(inputs)).relative_error
-        timed = compare_latency(("before", before), ("after", after), (inputs, inputs), runs=RUNS, warmup=WARMUP)
+        timed = compare_latency(("before", before), ("after", after), [inputs], runs=RUNS, warmup=WARMUP)
     return timed, error
 
 

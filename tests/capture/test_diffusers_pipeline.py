@@ -33,7 +33,8 @@ def test_the_denoiser_is_captured_at_the_batch_of_guidance(
     program = capture(pipeline)
     assert program.entries["full"].inputs[0].shape == (2, 2, 8, 8)
     assert program.loop is not None
-    assert program.loop.entry == "full"
+    assert (program.loop.sample, program.loop.timestep) == ("sample", "timestep")
+    assert (dict(program.loop.variants), program.loop.stateless) == ({"full": ("full",)}, True)
     assert program.origin.pipeline
     assert program.origin.path == pipeline.resolve()
     assert (program.origin.component, program.origin.class_name) == ("unet", "UNet2DModel")

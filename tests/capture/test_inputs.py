@@ -15,7 +15,8 @@ from optpass.capture.spans import Span
 from optpass.errors import UserError
 from optpass.evaluate.difference import random_inputs
 from optpass.ir.program import Origin, Program
-from optpass.runtime.module import EngineModule, program_module
+from optpass.runtime.looped import program_module
+from optpass.runtime.module import EngineModule
 
 PACKED = Inputs(
     {
@@ -101,7 +102,7 @@ def controlled() -> tuple[Program, nn.Module]:
 
 
 def engine(program: Program) -> EngineModule:
-    return program_module(program, "full")
+    return program_module(program)
 
 
 def test_a_graph_keeps_what_follows_open() -> None:

@@ -18,7 +18,7 @@ from optpass.interchange.storage import load_program, save_program
 from optpass.ir.dialect import verify_shapes
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Constant
-from optpass.runtime.module import program_module
+from optpass.runtime.looped import program_module
 from optpass.testing import randomised
 
 Factory = type[nn.Module]
@@ -84,7 +84,7 @@ def open_program(build: Factory, *sizes: int | str, step: int = 0) -> tuple[Prog
 
 
 def check(program: Program, real: nn.Module, *shapes: tuple[int, ...]) -> None:
-    module = program_module(program, "full")
+    module = program_module(program)
     for shape in shapes:
         image = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
         with torch.no_grad():
@@ -128,7 +128,7 @@ def test_costs_count_at_the_captured_sizes() -> None:
 def test_a_call_outside_the_range_is_refused(shape: tuple[int, ...]) -> None:
     program, _ = open_program(Halving, "1..4", 3, "8..64", "8..64", step=2)
     with pytest.raises(UserError, match="and the engine was built for"):
-        program_module(program, "full")(torch.randn(shape))
+        program_module(program)(torch.randn(shape))
 
 
 def test_a_size_that_the_code_fixes_is_refused_by_name() -> None:

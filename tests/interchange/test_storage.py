@@ -19,7 +19,7 @@ from optpass.capture.export import build_fake, export_program
 from optpass.errors import UserError, WeightError
 from optpass.evaluate.difference import program_difference
 from optpass.interchange.storage import load_program, save_program
-from optpass.ir.program import InputRange, Loop, Origin, Program
+from optpass.ir.program import InputRange, Origin, Program
 from optpass.ir.safetensors_io import write_safetensors
 from optpass.ir.text import graph_text
 from optpass.ir.weights import Constant, Scale
@@ -45,7 +45,7 @@ class Net(nn.Module):
 def program() -> Program:
     found, _ = capture_module(Net, tokens=torch.zeros(2, 3, dtype=torch.long), mask=torch.zeros(2, 3, dtype=torch.bool))
     origin = Origin("factory", None, "", "torch", "Net", {"depth": 1, "names": ["a", "b"]}, digest="abc")
-    return replace(found, origin=origin, loop=Loop("full"), ranges={"tokens": InputRange(0, 7)})
+    return replace(found, origin=origin, ranges={"tokens": InputRange(0, 7)})
 
 
 def texts(program: Program) -> dict[str, str]:
@@ -149,7 +149,8 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda index: index.update(schema_version=9), "newer"),
         (lambda index: index.pop("weights"), "damaged"),
         (lambda index: index.update(entries={}), "lacks the entry"),
-        (lambda index: index.update(loop={"entry": "other"}), "lacks the entry"),
+        (lambda index: index.update(loop={"entry": "other"}), "damaged"),
+        (lambda index: index.update(loop={"variants": {}}), "damaged"),
         (lambda index: index["entries"]["full"].update(graph="../full.pt2"), "outside its folder"),
         (lambda index: index["entries"]["full"].update(graph="/etc/passwd"), "outside its folder"),
         (lambda index: index["entries"]["full"].update(graph="none.pt2"), "none.pt2"),

@@ -27,11 +27,11 @@ Write = Callable[..., Path]
 def test_a_bundle_computes_what_its_program_does(
     target: str, tmp_path: Path, program: Program, write_bundle: Write
 ) -> None:
-    from optpass.runtime.module import program_module
+    from optpass.runtime.looped import program_module
 
     module = optpass.load(write_bundle(tmp_path / "out", program, target=target))
     sample = torch.linspace(-1, 1, 12).reshape(2, 6)
-    torch.testing.assert_close(module(sample, 3)["sample"], program_module(program, "full")(sample, 3)["sample"])
+    torch.testing.assert_close(module(sample, 3)["sample"], program_module(program)(sample, 3)["sample"])
 
 
 def test_a_changed_byte_is_refused_unless_asked(bundle: Path) -> None:

@@ -11,13 +11,14 @@ from torch import nn
 
 from optpass.errors import UserError
 from optpass.ir.program import Origin, Program
-from optpass.runtime.module import Config, EngineModule, program_module
+from optpass.runtime.looped import program_module
+from optpass.runtime.module import Config, EngineModule
 from optpass.testing import capture_module
 
 
 @pytest.fixture(scope="module")
 def engine(program: Program) -> EngineModule:
-    return program_module(program, "full")
+    return program_module(program)
 
 
 def expected(program: Program, sample: torch.Tensor, timestep: float) -> torch.Tensor:
@@ -69,7 +70,7 @@ def test_a_fraction_is_never_lost() -> None:
         def forward(self, index: torch.Tensor) -> torch.Tensor:
             return index * 2
 
-    module = program_module(capture_module(Gate, index=torch.tensor([1, 2]))[0], "full")
+    module = program_module(capture_module(Gate, index=torch.tensor([1, 2]))[0])
     assert module(torch.tensor([3.0, 4.0])).tolist() == [6, 8]
     with pytest.raises(UserError, match="fractions would be lost"):
         module(torch.tensor([0.5, 1.0]))
@@ -81,7 +82,7 @@ def test_a_batch_takes_one_number_as_models_do() -> None:
             return sample * timestep[:, None]
 
     program, _ = capture_module(Net, sample=torch.zeros(2, 3), timestep=torch.zeros(2))
-    assert program_module(program, "full")(torch.ones(2, 3), 5).tolist() == [[5.0] * 3] * 2
+    assert program_module(program)(torch.ones(2, 3), 5).tolist() == [[5.0] * 3] * 2
 
 
 def test_return_dict_false_gives_a_tuple() -> None:
@@ -99,7 +100,7 @@ def test_return_dict_false_gives_a_tuple() -> None:
         )
 
     program, module = capture_module(build, sample=torch.zeros(1, 3, 8, 8), timestep=torch.tensor(1))
-    engine = program_module(program, "full")
+    engine = program_module(program)
     sample = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         eager = module(sample, 7)
@@ -124,7 +125,7 @@ def test_attributes_that_pipelines_read(program: Program) -> None:
         "projection_class_embeddings_input_dim": 24,
     }
     origin = Origin("diffusers", library="diffusers", class_name="UNet2DConditionModel", config=config)
-    engine = program_module(replace(program, origin=origin), "full")
+    engine = program_module(replace(program, origin=origin))
     assert engine.dtype == torch.float32
     assert engine.device == torch.device("cpu")
     assert engine.to("cpu", torch.float16) is engine

@@ -1,0 +1,72 @@
+"""What a whole generation costs: the entries of a loop, as often as its schedule calls them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optpass.analysis.cost import measure
+from optpass.ir.loop import Adaptive, Cycle, Listed, Loop
+from optpass.ir.program import Program
+
+
+@dataclass(frozen=True)
+class GenerationCost:
+    """MACs of the ``calls`` (by entry) that ``steps`` steps take; ``macs_attention`` are QKᵀ and AV alone.
+
+    ``bound`` is true where the schedule decides at run time: the figures are then those of a generation
+    that computes every step.
+    """
+
+    steps: int
+    calls: Mapping[str, int]
+    macs: int
+    macs_attention: int
+    bound: bool
+
+    def flops(self, *, attention: bool = True) -> int:
+        """2·MAC; ``attention=False`` leaves QKᵀ and AV out."""
+        return 2 * (self.macs if attention else self.macs - self.macs_attention)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "calls": dict(self.calls)}
+
+
+def generation_cost(program: Program, steps: int) -> GenerationCost:
+    """That of ``steps`` calls of ``program``, the first generation after it was loaded.
+
+    Raises:
+        ValueError: the Program has no loop.
+    """
+    if program.loop is None:
+        raise ValueError("a Program without a loop makes no generations")
+    calls, cost = calls_of(program.loop, steps), measure(program)
+    totals = {name: cost.entries[name].totals for name in calls}
+    return GenerationCost(
+        steps,
+        calls,
+        sum(count * totals[name].macs for name, count in calls.items()),
+        sum(count * totals[name].macs_attention for name, count in calls.items()),
+        isinstance(program.loop.schedule, Adaptive) or getattr(program.loop.schedule, "within", None) is not None,
+    )
+
+
+def calls_of(loop: Loop, steps: int) -> dict[str, int]:
+    """How often each entry runs in ``steps`` steps; every one computed where the schedule decides at run time."""
+    variants = Counter(_variant(loop, step) for step in range(steps))
+    found = Counter(dict.fromkeys(loop.once, 1) | dict.fromkeys(loop.tables, steps))
+    for variant, count in variants.items():
+        for entry in loop.variants[variant]:
+            found[entry] += count
+    return {name: found[name] for name in loop.entries}
+
+
+def _variant(loop: Loop, step: int) -> str:
+    match loop.schedule:
+        case Cycle(variants, None):
+            return variants[step % len(variants)]
+        case Listed(computed):
+            return loop.computed if step in computed else loop.reused
+    return loop.computed

@@ -1,0 +1,67 @@
+"""Calls in a row as a sampler makes them, for modules that remember: a walk through one generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from optpass.evaluate.difference import random_inputs, trial_inputs, trial_specs
+from optpass.ir.graph import FixedSpec
+from optpass.ir.interface import Interface
+from optpass.ir.loop import Adaptive, Cycle, Loop
+from optpass.ir.program import InputRange
+
+STRIDE = 0.3
+"""How far a sample goes in one call of a walk; 1 would be to another noise."""
+UNCOUNTED = 8
+"""Calls of a walk where the schedule has no period."""
+
+
+def period(loop: Loop) -> int:
+    """Calls after which the schedule begins again."""
+    match loop.schedule:
+        case Cycle(variants):
+            return len(variants)
+        case Adaptive(of=None):
+            return UNCOUNTED
+    assert loop.schedule.of is not None
+    return loop.schedule.of
+
+
+def walk(
+    loop: Loop, specs: Sequence[FixedSpec], ranges: Mapping[str, InputRange], seed: int, calls: int
+) -> list[dict[str, Tensor]]:
+    """``calls`` inputs of one generation: conditioning that stays, timesteps that fall, samples near each other."""
+    inputs = random_inputs(specs, ranges, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    span = ranges.get(loop.timestep, InputRange())
+    sample, like = inputs[loop.sample], inputs[loop.timestep]
+    made = []
+    for index in range(calls):
+        time = span.high - (span.high - span.low) * (index + 1) / (calls + 1)
+        made.append({**inputs, loop.sample: sample, loop.timestep: torch.full_like(like, time)})
+        noise = torch.randn(sample.shape, generator=generator).to(sample.dtype)
+        sample = (1 - STRIDE**2) ** 0.5 * sample + STRIDE * noise
+    return made
+
+
+def call_trials(
+    call: Interface, ranges: Mapping[str, InputRange], seed: int, *, loop: Loop | None = None, trials: int = 1
+) -> list[dict[str, Tensor]]:
+    """Random calls, at the captured sizes ``trials`` times and then at others that it takes; of a loop, walks."""
+    if loop is None or loop.stateless:
+        return trial_inputs(call, call.dimensions, ranges, seed, trials)
+    calls = 2 * period(loop) if isinstance(loop.schedule, Cycle) else period(loop)
+    each = trial_specs(call, call.dimensions)
+    return [step for index, specs in enumerate(each) for step in walk(loop, specs, ranges, seed + index, calls)]
+
+
+def timed_calls(
+    call: Interface, ranges: Mapping[str, InputRange], seed: int, *, loop: Loop | None = None
+) -> list[dict[str, Tensor]]:
+    """What a latency is taken of: one random call, or of a loop a walk through a period of its schedule."""
+    if loop is None or loop.stateless:
+        return [random_inputs(call.inputs_at(), ranges, seed)]
+    return walk(loop, call.inputs_at(), ranges, seed, period(loop))

@@ -1,0 +1,128 @@
+"""Which generation a call belongs to: a module is only ever called step by step, by anybody, and told nothing else."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from optpass.ir.loop import Loop
+
+log = logging.getLogger(__name__)
+
+CORRELATION = 0.3
+"""Cosine below which two samples are not of one generation. Noises of a thousand elements stay under 0.1."""
+OPEN = 8
+"""Generations of one module that are kept; the one that rested longest goes first."""
+SUSPICIOUS = 4
+"""Calls in a row that each start a generation, after which the log says why nothing is reused."""
+
+
+@dataclass(eq=False)
+class Generation:
+    """One sample on its way through the steps, with what its entries wrote and told.
+
+    With guidance in two calls a step, each of the two is a generation of its own.
+    """
+
+    thread: int
+    conditioning: Mapping[str, Tensor]
+    step: int = -1
+    timestep: float = math.inf
+    sample: Tensor | None = None
+    states: dict[str, Tensor] = field(default_factory=dict)
+    computed: list[int] = field(default_factory=list)
+    metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def advance(self, sample: Tensor, timestep: float) -> None:
+        """The next step begins, with this sample."""
+        self.step += 1
+        # The pipeline may go on writing into its own tensor.
+        self.sample, self.timestep = sample.clone(), timestep
+
+
+class Generations:
+    """Those in progress in one module; calls find theirs by what they are given.
+
+    A call goes on with a generation of the same thread whose conditioning is equal in shape and value, when its
+    timestep has moved on and its sample is like the last one (cosine of :data:`CORRELATION` or more); of
+    several, with the one whose sample is nearest. At an equal timestep, the sample must differ (samplers of higher
+    order evaluate a time twice; the same question twice gets the same answer). Every other call starts anew.
+    So a generation that was broken off, a changed batch, guidance in two calls and pipelines that
+    share a module are told apart, and what is not certain is computed.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.correlation = CORRELATION
+        self.ascending = False
+        self._open: list[Generation] = []
+        self._lock = threading.Lock()
+        self._started_in_a_row = 0
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Generation:
+        """The generation of a call, advanced by a step; a new one stands at step 0 and has no state."""
+        sample, timestep = tensors[self.loop.sample], float(tensors[self.loop.timestep].max())
+        with self._lock:
+            found = self._continued(tensors, sample, timestep)
+            self._watch(found)
+            if found is None:
+                given = {name: tensors[name].clone() for name in self.loop.conditioning}
+                found = Generation(threading.get_ident(), given)
+            else:
+                self._open.remove(found)
+            self._open = [*self._open[-OPEN + 1 :], found]
+            found.advance(sample, timestep)
+        return found
+
+    def drop(self, generation: Generation | None = None) -> None:
+        """Forget one generation, or all of them."""
+        with self._lock:
+            self._open = [] if generation is None else [item for item in self._open if item is not generation]
+
+    def _continued(self, tensors: Mapping[str, Tensor], sample: Tensor, timestep: float) -> Generation | None:
+        nearest, best = None, -math.inf
+        for item in self._open:
+            if item.thread != threading.get_ident() or not self._moved_on(item, timestep):
+                continue
+            if not _equal(item.conditioning, tensors) or item.sample is None or item.sample.shape != sample.shape:
+                continue
+            likeness = _cosine(item.sample, sample)
+            if item.timestep == timestep and (likeness < CORRELATION or item.sample.equal(sample)):
+                continue
+            # Of equally near ones, the latest: an older one was broken off.
+            if likeness >= max(best, self.correlation):
+                nearest, best = item, likeness
+        return nearest
+
+    def _moved_on(self, item: Generation, timestep: float) -> bool:
+        return timestep >= item.timestep if self.ascending else timestep <= item.timestep
+
+    def _watch(self, found: Generation | None) -> None:
+        self._started_in_a_row = 0 if found else self._started_in_a_row + 1
+        if self._started_in_a_row == SUSPICIOUS:
+            log.warning(
+                "%d calls in a row each started a generation, so nothing was reused: conditioning that changes at "
+                "every step, timesteps that ascend (set module.ascending = True), or a sampler that draws new "
+                "noise at every step (set module.correlation = -1, and use the module for one generation at a time)",
+                SUSPICIOUS,
+            )
+
+
+def _equal(conditioning: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    return all(
+        value.shape == tensors[name].shape and value.dtype == tensors[name].dtype and value.equal(tensors[name])
+        for name, value in conditioning.items()
+    )
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    """The cosine between two tensors of equal shape; 0 where one is zero or not finite."""
+    a, b = one.flatten().float(), other.flatten().float()
+    scale = float(a.norm() * b.norm())
+    return float(a @ b) / scale if math.isfinite(scale) and scale else 0.0
