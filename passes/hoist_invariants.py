@@ -19,7 +19,7 @@ from optpass.ir.program import Program
 from optpass.pipeline.contract import exact
 from optpass.pipeline.passes import Context, Pass
 from optpass.rewrite.joining import joined
-from optpass.rewrite.splitting import needed, subgraph, unread_inputs
+from optpass.rewrite.splitting import reached, subgraph, unread_inputs
 
 PREPARE, EMBED = "prepare", "embed"
 
@@ -51,9 +51,7 @@ class HoistInvariants(Pass):
 
     def requires(self, program: Program) -> list[str]:
         if program.loop is None:
-            return [
-                "the model is called without steps: it has no input that is a noisy sample, or none that is a timestep"
-            ]
+            return ["the model has no loop: no sampler calls it at every step, with a noisy sample and a timestep"]
         return []
 
     def run(self, program: Program, context: Context) -> Program:
@@ -83,9 +81,7 @@ class HoistInvariants(Pass):
     def _refused_timed(self, timed: Iterable[Node], too_large: Iterable[Refusal]) -> Iterable[Refusal]:
         if self.timesteps == "table":
             return too_large
-        return [
-            Refusal(node, "it depends on the timestep, which 'timesteps: keep' leaves in the step") for node in timed
-        ]
+        return [Refusal(_maker(node), "it stays the same for a timestep, and 'timesteps: keep'") for node in timed]
 
 
 class _Owners:
@@ -152,8 +148,8 @@ def _writing(graph: Graph, kept: Mapping[str, Node], given: Mapping[str, Node]) 
 
 def _read(cut: Mapping[str, Node], outputs: Collection[Node]) -> dict[str, Node]:
     """Those of the ``cut`` values that ``outputs`` are computed from."""
-    reached = needed(outputs, set(cut.values()))
-    return {name: node for name, node in cut.items() if node in reached}
+    read = reached(outputs, set(cut.values()))
+    return {name: node for name, node in cut.items() if node in read}
 
 
 def _read_sizes(graph: Graph, found: Dependence) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 # Nothing here may reach a hub; a test that tries must fail at once and not wait.
@@ -14,12 +13,14 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from optpass.capture.sources import capture
+from optpass.capture.export import build_fake, export_program
+from optpass.capture.inputs import Input, Inputs
+from optpass.capture.spans import Span
 from optpass.evaluate.difference import random_inputs
-from optpass.ir.program import Program
+from optpass.ir.program import Origin, Program
+from optpass.ir.weights import Constant
 from optpass.testing import capture_module, randomised
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "moving-digits"
@@ -30,25 +31,25 @@ def _capture_module() -> Callable[..., tuple[Program, nn.Module]]:
     return capture_module
 
 
+@pytest.fixture
+def capture_shared() -> Callable[..., Program]:
+    """Captures a module on floats whose sizes are open where they are named, shared where two have one name."""
+
+    def capture(
+        build: Callable[[], nn.Module], shapes: Mapping[str, tuple[int | str, ...]], spans: Mapping[str, Span]
+    ) -> Program:
+        inputs = Inputs({name: Input(shape) for name, shape in shapes.items()})
+        example = inputs.arguments({name: (span,) for name, span in spans.items()}, {}, torch.float32)
+        weights = {name: Constant(value) for name, value in randomised(build().eval()).state_dict().items()}
+        fake, mode = build_fake(build)
+        return export_program(fake, mode, example, weights, Origin("test"))
+
+    return capture
+
+
 @pytest.fixture(name="randomised")
 def _randomised() -> Callable[[nn.Module], nn.Module]:
     return randomised
-
-
-@pytest.fixture
-def capture_open(tmp_path: Path) -> Callable[..., Program]:
-    """Captures a class ``Model``, given as text, with open sizes and random weights."""
-
-    def capture_text(source: str, example: str, sizes: Mapping[str, Any]) -> Program:
-        path = tmp_path / "model.py"
-        code = f"import torch\nfrom torch import nn\nfrom torch.nn import functional\n{dedent(source)}"
-        path.write_text(f"{code}\ndef model():\n    return Model()\n\ndef model_inputs():\n    return {example}\n")
-        namespace: dict[str, Any] = {}
-        exec(code, namespace)
-        save_file(randomised(namespace["Model"]()).state_dict(), tmp_path / "model.safetensors")
-        return capture(f"{path}:model", weights=tmp_path / "model.safetensors", inputs=sizes)
-
-    return capture_text
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from torch.nn import functional
 from optpass.analysis.computations import Numbering
 from optpass.analysis.dependence import dependence
 from optpass.capture.export import build_fake, export_program
+from optpass.capture.spans import Span
 from optpass.ir.program import Origin
 
 
@@ -68,21 +69,19 @@ def test_what_the_memory_held_is_no_chance(capture_module):
     assert "baddbmm" in found["y"]
 
 
-def test_a_size_is_read_where_it_is_preferred(capture_open):
-    source = """
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.time = nn.Linear(8, 8)
+class Repeated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.time = nn.Linear(8, 8)
 
-        def forward(self, x, t, context):
-            rows = self.time(t.expand(x.shape[0], 8))
-            wide = context.sum(1).reshape(-1, 1, 8).expand(x.shape[0], x.shape[1], 8)
-            return x * rows[:, None] + wide
-    """
-    example = "{'x': torch.randn(3, 5, 8), 't': torch.randn(1, 8), 'context': torch.randn(3, 4, 8)}"
-    sizes = {"x": ["1..4", "2..9", 8], "context": ["1..4", 4, 8]}
-    graph = capture_open(source, example, sizes).entries["full"]
+    def forward(self, x, t, context):
+        rows = self.time(t.expand(x.shape[0], 8))
+        return x * rows[:, None] + context.sum(1, keepdim=True).expand(x.shape[0], x.shape[1], 8)
+
+
+def test_a_size_is_read_where_it_is_preferred(capture_shared):
+    shapes = {"x": ("batch", "tokens", 8), "t": (1, 8), "context": ("batch", 4, 8)}
+    graph = capture_shared(Repeated, shapes, {"batch": Span(1, 4), "tokens": Span(2, 9)}).entries["full"]
     sample_first = dependence(graph)
     time = next(node for node in graph.calls if node.target is torch.ops.aten.linear.default)
     assert not sample_first.within(time, sample_first.mask({"t", "context"}))

@@ -1,9 +1,33 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from optpass.testing import capture_module
+from optpass.capture.sources import capture
+from optpass.ir.program import Program
+from optpass.testing import capture_module, randomised
+
+
+@pytest.fixture
+def capture_open(tmp_path: Path) -> Callable[..., Program]:
+    """Captures a class ``Model``, given as text, with open sizes and random weights."""
+
+    def capture_text(source: str, example: str, sizes: Mapping[str, Any]) -> Program:
+        path = tmp_path / "model.py"
+        code = f"import torch\nfrom torch import nn\nfrom torch.nn import functional\n{dedent(source)}"
+        path.write_text(f"{code}\ndef model():\n    return Model()\n\ndef model_inputs():\n    return {example}\n")
+        namespace: dict[str, Any] = {}
+        exec(code, namespace)
+        save_file(randomised(namespace["Model"]()).state_dict(), tmp_path / "model.safetensors")
+        return capture(f"{path}:model", weights=tmp_path / "model.safetensors", inputs=sizes)
+
+    return capture_text
 
 
 @pytest.fixture(scope="session")
