@@ -66,7 +66,7 @@ class CastFloats(Pass):
         changed = {name: Cast(old, plan.dtype) for name, old in program.weights.items() if name in plan.weights}
         for name in changed:
             context.rewrote(name)
-        return program.with_weights(changed)
+        return program.with_weights(changed).with_written_states()
 
     def _plan(self, program: Program) -> Plan:
         dtype = getattr(torch, self.dtype)

@@ -285,7 +285,7 @@ class _Planner:
                 continue
             compared = (self.original, program) if gate.metric == "psnr" else (program,)
             macs = gate.clips * gate.steps * sum(_macs(each) for each in compared)
-            self._execute(name, compared, Trials(1, 1.0, 1.0), macs)
+            self._execute(name, compared, Trials(1.0, 1.0), macs)
 
     def _compare(self, name: str, before: Program, after: Program) -> None:
         """A stage in which both Programs are called on the same random inputs, their weights read for every call."""

@@ -101,7 +101,7 @@ def _difference(subject: Subject, after: Runners, request: Request) -> dict[str,
     worst, original, loop = EQUAL, widened(subject.original), subject.program.loop
     references = call_runners(original, program_runners(original))
     for name, runner in call_runners(subject.program, after).items():
-        trials = call_trials(program_calls(original)[name], original.ranges, request.seed, loop=loop)
+        trials = call_trials(program_calls(subject.original)[name], original.ranges, request.seed, loop=loop)
         worst = worst.worst(runners_difference(references[name], runner, trials))
     subject.progress("compare", 1.0)
     return worst.as_dict()
