@@ -23,7 +23,7 @@ from optpass.pipeline.evidence import Evidence, Subject, collect_evidence
 from optpass.pipeline.gates import Gate
 from optpass.pipeline.loop_record import loop_record
 from optpass.pipeline.manager import Callback, Event, PassRecord, run_passes
-from optpass.pipeline.recipe import OTHERS, Recipe
+from optpass.pipeline.recipe import OTHERS, Recipe, Step
 from optpass.pipeline.records import machine, write_records
 from optpass.pipeline.reproducer import Reproducer
 from optpass.pipeline.request import Progress, Request
@@ -97,6 +97,7 @@ def apply(
             writer.reserve(*(part.program for part in parts))
             parts = [_lower(part, request, writer.folder, _named(part, parts, progress)) for part in parts]
             main, *others = parts = _measured(parts, request, writer.folder, progress)
+        recipe = _settled(recipe, parts)
         report = _report(recipe, parts, request)
         report["command"] = request.command
         report["structure_only"] = not main.program.has_values
@@ -313,6 +314,15 @@ def _measured(parts: Sequence[Part], request: Request, folder: Path, progress: P
     ]
     found = dict(zip(map(id, runnable), collect_evidence(subjects, request, progress), strict=True))
     return [replace(part, evidence=found.get(id(part), part.evidence)) for part in parts]
+
+
+def _settled(recipe: Recipe, parts: Sequence[Part]) -> Recipe:
+    """``recipe`` with the options that passes chose while they ran."""
+    for part in parts:
+        steps = tuple(Step(record.name, record.record) for record in part.records)
+        if steps != part.recipe.steps:
+            recipe = recipe.with_steps(part.component, steps)
+    return recipe
 
 
 def _record(part: Part) -> PartRecord:
