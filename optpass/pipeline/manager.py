@@ -45,7 +45,7 @@ class PassRecord:
             "name": self.name,
             "summary": self.record.summary(),
             "options": self.record.as_options(),
-            "contract": str(self.record.contract),
+            "contract": str(self.record.promise),
             "modified": self.modified,
             "sites": len(self.sites),
             "site_paths": list(self.sites),

@@ -68,6 +68,11 @@ class Pass(Options):
     heals: ClassVar[bool] = False
     """True for a pass that trains what ``retrain`` passes before it left undefined."""
 
+    @property
+    def promise(self) -> Contract:
+        """The contract with these options: the class's, where a pass says nothing else."""
+        return self.contract
+
     def files(self) -> tuple[Path, ...]:
         """Files beside the checkpoint that the result depends on; report and lock file hold their hashes."""
         return ()

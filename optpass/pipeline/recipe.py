@@ -267,7 +267,7 @@ def check_legality(recipe: Recipe) -> None:
 
 def _check_healing(steps: tuple[Step, ...]) -> None:
     for index, step in enumerate(steps):
-        if step.record.contract.kind != "retrain":
+        if step.record.promise.kind != "retrain":
             continue
         if not any(later.record.heals for later in steps[index + 1 :]):
             raise UserError(
