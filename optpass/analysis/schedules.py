@@ -10,8 +10,8 @@ def computed_steps(changes: Tensor, count: int) -> tuple[int, ...]:
     """The ``count`` steps, of which the first is 0, that leave the least change unseen.
 
     ``changes[i, j]`` is how far what step j would compute lies from what step i computed; the sum of
-    ``changes[last(j), j]`` over the steps j that reuse is minimised by dynamic programming over (steps
-    computed, the last of them). What is not finite is chosen only where nothing else is left. O(count · n²) for n steps.
+    ``changes[last(j), j]`` over the steps j that reuse is minimised, by dynamic programming over the number of steps
+    computed and the last of them. What is not finite is chosen only where nothing else is left. O(count · n²).
 
     Raises:
         ValueError: ``count`` is not in 1 … n.
