@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from optpass.jsonable import finite
+from optpass.report import units
 
 # A pipe has no width of its own, and 80 columns break the tables.
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -165,6 +166,8 @@ def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"gate {escape(gate['metric'])} after {escape(gate['after'])}: {gate['value']:.4g}, held"
     if added := report.get("added"):
         yield f"the original has what {escape(' and '.join(added))} put in, in its plain form"
+    if loop := report.get("loop"):
+        yield loop_line(loop)
     if difference := report.get("engine_difference"):
         yield f"engine against the original: relative error {difference['relative_error']:.2g}"
     if latency := report.get("latency"):
@@ -174,6 +177,17 @@ def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:
         if samples.get("quality_after"):
             before, after = samples["quality_before"]["frame_accuracy"], samples["quality_after"]["frame_accuracy"]
             yield f"frames read right: {before:.1%} → {after:.1%}"
+
+
+def loop_line(loop: Mapping[str, Any]) -> str:
+    """The schedule, and a generation's MACs before and after."""
+    before, after = loop["before"], loop["after"]
+    schedule = escape(", ".join(f"{key}: {value}" for key, value in loop["schedule"].items()))
+    most = "at most " if after["bound"] else ""
+    return (
+        f"loop ({schedule}): a generation of {after['steps']} steps takes {units.macs(before['macs'])} → "
+        f"{most}{units.macs(after['macs'])}; {units.size(loop['state_bytes'])} live between steps"
+    )
 
 
 def latency_line(latency: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from optpass.capture.export import build_fake, export_program
+from optpass.capture.inputs import Input, Inputs
+from optpass.capture.spans import Span
 from optpass.evaluate.difference import random_inputs
-from optpass.ir.program import Program
+from optpass.ir.program import Origin, Program
+from optpass.ir.weights import Constant
 from optpass.testing import capture_module, randomised
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "moving-digits"
@@ -25,6 +29,22 @@ CHECKPOINT = Path(__file__).parent / "checkpoints" / "moving-digits"
 @pytest.fixture(name="capture_module")
 def _capture_module() -> Callable[..., tuple[Program, nn.Module]]:
     return capture_module
+
+
+@pytest.fixture
+def capture_shared() -> Callable[..., Program]:
+    """Captures a module on floats whose sizes are open where they are named, shared where two have one name."""
+
+    def capture(
+        build: Callable[[], nn.Module], shapes: Mapping[str, tuple[int | str, ...]], spans: Mapping[str, Span]
+    ) -> Program:
+        inputs = Inputs({name: Input(shape) for name, shape in shapes.items()})
+        example = inputs.arguments({name: (span,) for name, span in spans.items()}, {}, torch.float32)
+        weights = {name: Constant(value) for name, value in randomised(build().eval()).state_dict().items()}
+        fake, mode = build_fake(build)
+        return export_program(fake, mode, example, weights, Origin("test"))
+
+    return capture
 
 
 @pytest.fixture(name="randomised")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from optpass.analysis.cost import measure
-from optpass.ir.loop import Adaptive, Cycle, Listed, Loop
+from optpass.ir.loop import Cycle, Listed, Loop
 from optpass.ir.program import Program
 
 
@@ -43,19 +43,20 @@ def generation_cost(program: Program, steps: int) -> GenerationCost:
     if program.loop is None:
         raise ValueError("a Program without a loop makes no generations")
     calls, cost = calls_of(program.loop, steps), measure(program)
+    known = all(variant_at(program.loop, step) for step in range(steps))
     totals = {name: cost.entries[name].totals for name in calls}
     return GenerationCost(
         steps,
         calls,
         sum(count * totals[name].macs for name, count in calls.items()),
         sum(count * totals[name].macs_attention for name, count in calls.items()),
-        isinstance(program.loop.schedule, Adaptive) or getattr(program.loop.schedule, "within", None) is not None,
+        not known,
     )
 
 
 def calls_of(loop: Loop, steps: int) -> dict[str, int]:
     """How often each entry runs in ``steps`` steps; every one computed where the schedule decides at run time."""
-    variants = Counter(_variant(loop, step) for step in range(steps))
+    variants = Counter(variant_at(loop, step) or loop.computed for step in range(steps))
     found = Counter(dict.fromkeys(loop.once, 1) | dict.fromkeys(loop.tables, steps))
     for variant, count in variants.items():
         for entry in loop.variants[variant]:
@@ -63,10 +64,11 @@ def calls_of(loop: Loop, steps: int) -> dict[str, int]:
     return {name: found[name] for name in loop.entries}
 
 
-def _variant(loop: Loop, step: int) -> str:
+def variant_at(loop: Loop, step: int) -> str | None:
+    """The variant of a step; ``None`` where it depends on timesteps or on what is measured."""
     match loop.schedule:
         case Cycle(variants, None):
             return variants[step % len(variants)]
         case Listed(computed):
             return loop.computed if step in computed else loop.reused
-    return loop.computed
+    return loop.computed if step == 0 else None

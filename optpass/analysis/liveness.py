@@ -28,10 +28,10 @@ def peak_activation_bytes(graph: Graph) -> int:
             last[base[operand]] = end if node.op == "output" else max(index, last.get(base[operand], 0))
     last |= dict.fromkeys(graph.placeholders, end)
     freed: dict[int, int] = {}
-    alive = peak = sum(_bytes(node.meta["val"]) for node in graph.placeholders)
+    alive = peak = sum(result_bytes(node) for node in graph.placeholders)
     for index, node in enumerate(graph.fx.nodes):
         if node.op == "call_function" and base[node] is node:
-            size = _bytes(node.meta["val"])
+            size = result_bytes(node)
             alive += size
             freed[last[node]] = freed.get(last[node], 0) + size
             peak = max(peak, alive)
@@ -46,6 +46,11 @@ def storages(graph: Graph) -> dict[Node, Node]:
         viewed = node.op == "call_function" and is_view(node) and node.all_input_nodes
         base[node] = base[node.all_input_nodes[0]] if viewed else node
     return base
+
+
+def result_bytes(node: Node) -> int:
+    """Bytes of what a node gives, of several tensors together; of a size 0."""
+    return _bytes(node.meta["val"])
 
 
 def _bytes(value: Any) -> int:

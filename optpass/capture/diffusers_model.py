@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ def recognises(request: Request) -> bool:
 def capture(request: Request) -> Program:
     """The model's ``forward``, its weights those of the folder, or absent when it has none.
 
-    ``request.component`` names a submodule that is captured alone.
+    ``request.component`` names a submodule that is captured alone. A whole model that takes a sample and a timestep
+    is one that a sampler calls in a loop, whether its pipeline is there or not.
 
     Raises:
         UserError: the class is unknown, the config does not build it, or it has remote code.
         WeightError: the weights are damaged, or do not fit.
     """
     model = open_model(request)
-    return captured(request, model, _inputs(model.module, request))
+    looped = replace(request, loop=request.loop or request.component is None)
+    return captured(looped, model, _inputs(model.module, request))
 
 
 def open_model(request: Request) -> Opened:

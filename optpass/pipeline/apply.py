@@ -21,8 +21,9 @@ from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
 from optpass.pipeline.evidence import Evidence, Subject, collect_evidence
 from optpass.pipeline.gates import Gate
+from optpass.pipeline.loop_record import loop_record
 from optpass.pipeline.manager import Callback, Event, PassRecord, run_passes
-from optpass.pipeline.recipe import OTHERS, Recipe
+from optpass.pipeline.recipe import OTHERS, Recipe, Step
 from optpass.pipeline.records import machine, write_records
 from optpass.pipeline.reproducer import Reproducer
 from optpass.pipeline.request import Progress, Request
@@ -96,7 +97,8 @@ def apply(
             writer.reserve(*(part.program for part in parts))
             parts = [_lower(part, request, writer.folder, _named(part, parts, progress)) for part in parts]
             main, *others = parts = _measured(parts, request, writer.folder, progress)
-        report = _report(recipe, parts)
+        recipe = _settled(recipe, parts)
+        report = _report(recipe, parts, request)
         report["command"] = request.command
         report["structure_only"] = not main.program.has_values
         report["seconds"] = time.perf_counter() - started
@@ -314,11 +316,20 @@ def _measured(parts: Sequence[Part], request: Request, folder: Path, progress: P
     return [replace(part, evidence=found.get(id(part), part.evidence)) for part in parts]
 
 
+def _settled(recipe: Recipe, parts: Sequence[Part]) -> Recipe:
+    """``recipe`` with the options that passes chose while they ran."""
+    for part in parts:
+        steps = tuple(Step(record.name, record.record) for record in part.records)
+        if steps != part.recipe.steps:
+            recipe = recipe.with_steps(part.component, steps)
+    return recipe
+
+
 def _record(part: Part) -> PartRecord:
     return part_record(part.program, part.recipe.target_name, part.recipe.target.as_options(), part.engines, part.place)
 
 
-def _report(recipe: Recipe, parts: Sequence[Part]) -> dict[str, Any]:
+def _report(recipe: Recipe, parts: Sequence[Part], request: Request) -> dict[str, Any]:
     """The main part's sections, as for a model alone; of several, a record of each under ``components``."""
     return {
         "schema_version": REPORT_SCHEMA,
@@ -327,15 +338,15 @@ def _report(recipe: Recipe, parts: Sequence[Part]) -> dict[str, Any]:
         "name": recipe.name,
         "description": recipe.description,
         "recipe": recipe.as_document(),
-        **_part_report(parts[0]),
+        **_part_report(parts[0], request),
         "gates": [gate for part in parts for gate in part.gates],
         "samples": parts[0].evidence.samples,
         "machine": machine(),
-        **({"components": [_part_report(part) for part in parts]} if recipe.components is not None else {}),
+        **({"components": [_part_report(part, request) for part in parts]} if recipe.components is not None else {}),
     }
 
 
-def _part_report(part: Part) -> dict[str, Any]:
+def _part_report(part: Part, request: Request) -> dict[str, Any]:
     origin, recipe, records = part.original.origin.as_json(), part.recipe, part.records
     return {
         "checkpoint": {key: origin[key] for key in ("name", "kind", "class", "component", "sha256", "pipeline")},
@@ -344,6 +355,7 @@ def _part_report(part: Part) -> dict[str, Any]:
         "before": (records[0].before if records else measure(part.original)).as_json(),
         "after": (records[-1].after if records else measure(part.program)).as_json(),
         "passes": [record.as_json() for record in records],
+        "loop": loop_record(part.original, part.program, request.steps),
         "target": {
             "name": recipe.target_name,
             "options": recipe.target.as_options(),

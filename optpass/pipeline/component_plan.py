@@ -84,7 +84,7 @@ class PassPlan:
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {
             "name": self.step.name,
-            "contract": str(self.step.record.contract),
+            "contract": str(self.step.record.promise),
             "status": self.status,
             "needs": list(self.needs),
             "assumes": list(self.assumes),
@@ -243,7 +243,7 @@ class _Planner:
 
     def _pass(self, step: Step, program: Program, cost: Cost, unrun: tuple[str, ...]) -> tuple[PassPlan, Program]:
         needs = _needs(step.record)
-        reason = verification.skipped(self.request.verify, step.record.contract, cost, self.has_values)
+        reason = verification.skipped(self.request.verify, step.record.promise, cost, self.has_values)
         executed = f"not verified: {reason}" if reason else "executed before and after"
         if step.record.executes:
             if self.has_values:
@@ -268,7 +268,7 @@ class _Planner:
         if not item.verification.startswith("executed"):
             return
         # As the verification does: an exact pass promises more than half precision resolves.
-        if item.step.record.contract.kind == "exact":
+        if item.step.record.promise.kind == "exact":
             before, after = widened(before, unrounded=True), widened(after, unrounded=True)
         self._compare(f"verify {item.step.name}", before, after)
 
@@ -387,7 +387,7 @@ def _needs(record: Pass) -> tuple[str, ...]:
     needs = [record.needs or "weight values"] if record.executes else []
     if record.heals:
         needs.append("training")
-    if record.contract.kind == "retrain":
+    if record.promise.kind == "retrain":
         needs.append("a healing pass after it")
     return tuple(needs)
 

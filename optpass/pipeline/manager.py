@@ -23,7 +23,11 @@ from optpass.pipeline.recipe import Step
 
 @dataclass
 class PassRecord:
-    """What one pass did, as it stands in the report. ``files`` are hashes of what it read; callbacks fill ``facts``."""
+    """What one pass did, as it stands in the report.
+
+    ``record`` has the options that the pass settled. ``files`` are hashes of what it read; ``facts`` are its own, and
+    those of callbacks.
+    """
 
     name: str
     record: Pass
@@ -41,7 +45,7 @@ class PassRecord:
             "name": self.name,
             "summary": self.record.summary(),
             "options": self.record.as_options(),
-            "contract": str(self.record.contract),
+            "contract": str(self.record.promise),
             "modified": self.modified,
             "sites": len(self.sites),
             "site_paths": list(self.sites),
@@ -130,6 +134,8 @@ def run_pass(program: Program, step: Step, cost: Cost | None = None) -> tuple[Pr
     _verify_honesty(name, modified, context)
     if broken := record.ensures(after):
         raise ContractError(f"pass {name!r} broke what it ensures: {'; '.join(broken)}")
+    if context.settled:
+        record = type(record).from_options({**record.as_options(), **context.settled}, owner=f"pass {name!r}")
     return after, PassRecord(
         name,
         record,
@@ -140,6 +146,7 @@ def run_pass(program: Program, step: Step, cost: Cost | None = None) -> tuple[Pr
         cost,
         measure(after) if modified else cost,
         {path.as_posix(): file_digest(path) for path in record.files()},
+        dict(context.facts),
     )
 
 

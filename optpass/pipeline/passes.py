@@ -31,10 +31,13 @@ class Declined:
 
 @dataclass
 class Context:
-    """Where a running pass writes what it did. Sites and declined places end up in the report."""
+    """Where a running pass writes what it did. Sites, declined places and facts end up in the report."""
 
     sites: list[str] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else the report is to say of this pass, as JSON."""
+    settled: dict[str, Any] = field(default_factory=dict)
 
     def rewrote(self, where: fx.Node | str, entry: str = "full") -> None:
         """One more site was changed; a site of another entry than ``full`` is told as ``entry:path``."""
@@ -45,6 +48,10 @@ class Context:
         """``where`` was considered and left alone."""
         path, node = (path_of(where), where.name) if isinstance(where, fx.Node) else (where, "")
         self.declined.append(Declined(entry, path, node, reason))
+
+    def settle(self, **options: Any) -> None:
+        """Options of the pass that it chose by measuring: report and lock have them, so that a replay need not."""
+        self.settled |= options
 
 
 class Pass(Options):
@@ -60,6 +67,11 @@ class Pass(Options):
     """What a pass that ``executes`` needs beside weight values, in words ("calibration samples"); for plans."""
     heals: ClassVar[bool] = False
     """True for a pass that trains what ``retrain`` passes before it left undefined."""
+
+    @property
+    def promise(self) -> Contract:
+        """The contract with these options: the class's, where a pass says nothing else."""
+        return self.contract
 
     def files(self) -> tuple[Path, ...]:
         """Files beside the checkpoint that the result depends on; report and lock file hold their hashes."""

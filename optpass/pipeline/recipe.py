@@ -119,6 +119,14 @@ class Recipe:
             components=None,
         )
 
+    def with_steps(self, component: str, steps: tuple[Step, ...]) -> Recipe:
+        """This recipe with other ``steps`` for ``component``, which has steps."""
+        sections = self.components or {}
+        section = sections.get(component, sections.get(OTHERS))
+        if section is None or not section.steps:
+            return replace(self, steps=steps)
+        return replace(self, components={**sections, component: replace(section, steps=steps)})
+
     def as_document(self) -> dict[str, Any]:
         """The recipe with every option resolved, as it goes into the lock file."""
         document: dict[str, Any] = {
@@ -259,7 +267,7 @@ def check_legality(recipe: Recipe) -> None:
 
 def _check_healing(steps: tuple[Step, ...]) -> None:
     for index, step in enumerate(steps):
-        if step.record.contract.kind != "retrain":
+        if step.record.promise.kind != "retrain":
             continue
         if not any(later.record.heals for later in steps[index + 1 :]):
             raise UserError(

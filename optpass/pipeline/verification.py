@@ -33,7 +33,7 @@ class Verification:
         """
         if event.kind != "finished" or event.record is None or event.after is None:
             return
-        facts, contract = event.record.facts, event.step.record.contract
+        facts, contract = event.record.facts, event.step.record.promise
         if reason := self._skipped(event):
             facts |= {"difference": None, "verified": f"not verified: {reason}"}
             return
@@ -59,7 +59,7 @@ class Verification:
 
     def _skipped(self, event: Event) -> str:
         assert event.record is not None
-        return skipped(self.mode, event.step.record.contract, event.record.before, event.before.has_values)
+        return skipped(self.mode, event.step.record.promise, event.record.before, event.before.has_values)
 
 
 def skipped(mode: Mode, contract: Contract, before: Cost, has_values: bool) -> str:

@@ -13,6 +13,7 @@ from optpass.report import charts, units
 from optpass.report.animation import Reel, reel
 from optpass.report.charts import Chart
 from optpass.report.clips import Clips
+from optpass.report.loop_view import LoopView, loop_view
 from optpass.report.pass_views import COSTS, PassView, Verdict, changes, pass_views, verdict
 from optpass.report.reading import amount, figure, mappings, plain, section, text
 from optpass.report.summary import Tile, lede, tiles
@@ -78,6 +79,7 @@ class Page:
     cost_labels: Pairs
     entries: tuple[tuple[str, Mapping[str, units.Change]], ...]
     charts: tuple[Chart, ...]
+    loop: LoopView | None
     latency_chart: Chart | None
     latency_words: tuple[str, ...]
     reel: Reel | None
@@ -117,6 +119,7 @@ def page_of(report: Mapping[str, Any], clips: Clips | None) -> Page:
         cost_labels=tuple((key, label) for key, label, _ in COSTS),
         entries=_entries(report),
         charts=_charts(passes, totals),
+        loop=loop_view(report),
         latency_chart=_latency_chart(section(report, "latency")),
         latency_words=_latency_words(section(report, "latency")),
         reel=None if clips is None or not len(clips.after) else reel(clips),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch.fx import Node
@@ -16,6 +17,7 @@ from optpass.analysis.residuals import Residual
 from optpass.ir.graph import Graph, path_of, value_of
 from optpass.ir.interface import Interface
 from optpass.ir.loop import ELAPSED, INTERVALS, clock, metric, past, present
+from optpass.rewrite.change_metrics import relative_change
 from optpass.rewrite.crossing import ancestors, crossing
 from optpass.rewrite.shortcuts import shortcut
 from optpass.rewrite.splitting import subgraph, unread_inputs
@@ -24,6 +26,9 @@ from optpass.rewrite.stepping import results, unique_name
 aten = torch.ops.aten
 CHANGE = "change"
 """The metric that tells how much the first blocks' residual has changed since the last computed step."""
+
+
+NOTHING: Mapping[str, Node] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,16 @@ def stream_changes(
     return changes
 
 
-def interval_entries(graph: Graph, changes: Sequence[Change]) -> tuple[Graph, Graph]:
-    """The step that computes every block, and the one that adds what they added then."""
+def interval_entries(
+    graph: Graph, changes: Sequence[Change], *, reads: Mapping[str, Node] = NOTHING, tells: Mapping[str, Node] = NOTHING
+) -> tuple[Graph, Graph]:
+    """The step that computes every block, and the one that adds what they added then.
+
+    The first besides ``reads`` (stand-ins of inputs by port) and gives what ``tells`` holds (by port).
+    """
     outputs = results(graph)
     kept = {present(change.name): change.residual for change in changes}
-    full = subgraph(graph, inputs={}, outputs={**outputs, **kept}, keep=unread_inputs(graph))
+    full = subgraph(graph, inputs=reads, outputs={**outputs, **kept, **tells}, keep=unread_inputs(graph))
     _add_residuals(graph, [(change, change.residual) for change in changes])
     given = {past(change.name): change.residual for change in changes}
     return full, subgraph(graph, inputs=given, outputs=results(graph))
@@ -142,7 +152,7 @@ def threshold_entries(
     now, then = f"{head.name}.now", head.name
     with graph.before(head.residual.next):
         stand_in = graph.call(aten.zeros_like.default, head.residual, like=head.residual)
-        told = _relative_change(graph, head.residual, stand_in)
+        told = relative_change(graph, head.residual, stand_in)
     kept = {present(change.name): change.residual for change in changes}
     first = ancestors([*span.entering, head.residual])
     handed = crossing(graph, first, [*results(graph).values(), *kept.values()], span.entering)
@@ -170,19 +180,6 @@ def _reading(graph: Graph, names: Mapping[str, Node], given: Mapping[str, Node],
     reached = ancestors(outputs.values(), stop={*names.values(), *given.values()})
     inputs = {past(name): node for name, node in names.items() if node in reached}
     return subgraph(graph, inputs={**inputs, **given}, outputs=outputs)
-
-
-def _relative_change(graph: Graph, value: Node, before: Node) -> Node:
-    """mean|value − before| / mean|before|, in float32."""
-
-    def size(node: Node) -> Node:
-        wide = node
-        if value_of(node).dtype != torch.float32:
-            wide = graph.call(aten.to.dtype, node, torch.float32, like=value)
-        return graph.call(aten.mean.default, graph.call(aten.abs.default, wide, like=value), like=value)
-
-    difference = graph.call(aten.sub.Tensor, value, before, like=value)
-    return graph.call(aten.div.Tensor, size(difference), size(before), like=value)
 
 
 def branch_entry(graph: Graph, branches: Mapping[str, Node], reused: Sequence[str]) -> Graph:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
+from optpass.analysis.computations import is_deterministic
 from optpass.analysis.operators import aten, is_view
 from optpass.analysis.permutations import permutation_of
 from optpass.analysis.uniform import FILLS, FULL
@@ -26,7 +27,6 @@ from optpass.ir.program import Program
 from optpass.ir.sizes import is_size, sizes_of
 from optpass.ir.slots import has_slot
 from optpass.ir.weights import Cast, Constant, Expression, Permute, Reshape, is_larger
-from optpass.rewrite.common_subexpressions import is_deterministic
 from optpass.rewrite.naming import WeightNames
 from optpass.rewrite.rules import replace
 from optpass.rewrite.views import RESHAPES

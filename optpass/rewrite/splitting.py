@@ -26,7 +26,7 @@ def subgraph(
         ValueError: one of ``inputs`` has the name of one of the graph's own inputs that is still read.
     """
     cut = set(inputs.values())
-    needed = _needed(outputs.values(), stop=cut)
+    needed = reached(outputs.values(), stop=cut)
     own = [
         (name, node)
         for name, node in zip(graph.signature.inputs, graph.placeholders, strict=True)
@@ -63,7 +63,7 @@ def unread_inputs(graph: Graph) -> list[str]:
     return [name for name, node in pairs if not node.users]
 
 
-def _needed(outputs: Iterable[Node], stop: set[Node]) -> set[Node]:
+def reached(outputs: Iterable[Node], stop: set[Node]) -> set[Node]:
     """Everything that ``outputs`` are computed from, ``stop`` included and nothing behind it."""
     found: set[Node] = set()
     waiting = list(outputs)

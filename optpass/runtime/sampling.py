@@ -16,6 +16,7 @@ from torch import Tensor
 from optpass.errors import OptpassError, UserError, nearest
 from optpass.quiet import first_lines
 from optpass.runtime.folder import OWN_CLASS, build_pipeline
+from optpass.runtime.looped import LoopModule
 
 GUIDANCE = 3.0
 LABELS = tuple(range(10))
@@ -92,6 +93,7 @@ def drive(
     made: list[Tensor] = []
     moving = False
     labelled = takes_labels(pipeline)
+    _tell_steps(pipeline, asked)
     numbers = [asked.labels[i % len(asked.labels)] if labelled else i for i in range(samples)]
     for index, number in enumerate(numbers):
         # One sample a call: an engine has the batch that it was built for, two with guidance.
@@ -99,6 +101,26 @@ def drive(
         made.append(clip)
         progress((index + 1) / samples)
     return Samples(torch.cat(made), torch.tensor(numbers), moving)
+
+
+def _tell_steps(pipeline: Any, asked: Asked) -> None:
+    """Tell schedules that count steps how many calls the sampler makes: with PNDM or Heun, others than steps.
+
+    Raises:
+        UserError: a schedule was made for another number.
+    """
+    looped = [module for module in pipeline.components.values() if isinstance(module, LoopModule)]
+    if not looped or asked.steps is None:
+        return
+    calls = asked.steps
+    try:
+        pipeline.scheduler.set_timesteps(asked.steps)
+        calls = len(pipeline.scheduler.timesteps)
+    except (AttributeError, TypeError, ValueError):
+        # Schedulers that want more than a number (a shift, sigmas) make one call a step.
+        pass
+    for module in looped:
+        module.steps = calls
 
 
 def takes_labels(pipeline: Any) -> bool:

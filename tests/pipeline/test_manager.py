@@ -57,6 +57,18 @@ class Idle(Pass):
         return program
 
 
+class Chooses(Idle):
+    """Measures something, and chooses its width by that."""
+
+    width: int = 0
+
+    def run(self, program: Program, context: Context) -> Program:
+        if not self.width:
+            context.settle(width=3)
+        context.facts["curve"] = [0.5, 0.25]
+        return program
+
+
 class Boaster(Idle):
     """Reports a site and changes nothing."""
 
@@ -215,3 +227,14 @@ def test_weights_that_nothing_reads_are_dropped(capture_module):
     assert list(after.weights) == ["0.weight", "0.bias"]
     assert record.before.totals.parameters == 40
     assert record.after.totals.parameters == 20
+
+
+def test_what_a_pass_settles_and_tells_is_in_the_record(capture_module, tiny_classifier):
+    program, _ = capture_module(tiny_classifier, input=torch.randn(2, 6))
+    _, [record] = run_passes(program, [Step("chooses", Chooses())])
+    told = record.as_json()
+    assert told["options"] == {"width": 3}
+    assert told["curve"] == [0.5, 0.25]
+    # Replayed with what it settled, it settles nothing.
+    _, [again] = run_passes(program, [Step("chooses", record.record)])
+    assert again.record is record.record

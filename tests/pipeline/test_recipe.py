@@ -108,3 +108,14 @@ def test_every_shipped_recipe_loads():
     assert {"moving-digits", "mobilevd-cross-attention", "half-precision", "export"} <= set(recipe_files())
     for path in recipe_files().values():
         assert load_recipe(path).description
+
+
+def test_steps_are_replaced_where_they_stand():
+    other = make_recipe({"passes": [{"cast": {"dtype": "float16"}}]}).steps
+    alone = make_recipe({"passes": ["simplify"]})
+    assert alone.with_steps("unet", other).steps == other
+    both = make_recipe({"passes": ["simplify"], "components": {"unet": {}, "vae": {"passes": ["simplify"]}}})
+    changed = both.with_steps("vae", other)
+    assert changed.components["vae"].steps == other
+    assert changed.steps == both.steps
+    assert both.with_steps("unet", other).steps == other

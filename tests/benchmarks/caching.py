@@ -1,0 +1,185 @@
+"""Feature caching on moving-digits: our engines and Programs beside DeepCache's hooks, at equal seeds, in turn.
+
+Every way makes one clip after the other way's, so that a machine that slows down slows all; what is measured of time,
+error and quality is measured on these clips. Prints Markdown; ``--out FILE`` keeps it. Exits with 1 where a bound does
+not hold. Needs the peers: ``pip install -e '.[peers]'``.
+
+make bench-caching
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from caching_page import Row, bounds, page
+from caching_peers import BRANCHES, deepcache, refusals
+from torch import Tensor
+
+from optpass.analysis.generation import generation_cost
+from optpass.capture.sources import capture
+from optpass.evaluate.quality import Evaluator, psnr
+from optpass.ir.program import Program
+from optpass.pipeline.apply import apply
+from optpass.pipeline.manager import run_passes
+from optpass.pipeline.recipe import make_recipe
+from optpass.pipeline.request import Request
+from optpass.runtime.class_to_video import ClassToVideoPipeline
+from optpass.runtime.loading import load
+from optpass.runtime.looped import program_module
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "tests" / "checkpoints" / "moving-digits"
+PERIODS = (2, 3, 5)
+CUTS = ("up_blocks.2.resnets.0", "up_blocks.1")
+CLIPS: Mapping[int, int] = {20: 20, 50: 10}
+"""Clips of each way, by the number of steps."""
+WARMUP_STEPS = 6
+EAGER, DEEPCACHE, PYTORCH, ENGINE = "eager", "DeepCache", "PyTorch", "ONNX Runtime"
+
+
+@dataclass
+class Way:
+    """A pipeline, who caches in it, and what it made so far: clips, and seconds of the loop and of the whole call."""
+
+    owner: str
+    pipeline: ClassToVideoPipeline
+    cut: str = ""
+    every: int = 1
+    program: Program | None = None
+    clips: list[Tensor] = field(default_factory=list)
+    loop: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+
+    def generate(self, index: int, steps: int) -> None:
+        """Clip ``index``: digit index mod 10, noise from that seed. The loop ends with its last step's."""
+        ended = 0.0
+
+        def note(*_: Any) -> None:
+            nonlocal ended
+            ended = time.perf_counter()
+
+        start = time.perf_counter()
+        found = self.pipeline([index % 10], num_inference_steps=steps, seed=index, callback=note)
+        self.whole.append(time.perf_counter() - start)
+        self.loop.append(ended - start)
+        self.clips.append(found.frames)
+
+
+def recipe(cut: str, every: int) -> Any:
+    """An engine of one thread of the UNet, cached at ``cut`` or not at all."""
+    passes = [{"cache-features": {"cut": cut, "every": every}}] if cut else []
+    settings = {"inputs": {"sample": [2, 8, 4, 16, 16]}, "dtype": "float32", "passes": passes}
+    return make_recipe({**settings, "target": {"onnxruntime": {"threads": 1}}})
+
+
+def ways(folder: Path) -> Iterator[Way]:
+    """Uncached: the eager module, the captured Program in PyTorch, its engine. Then each with every cut and period."""
+    original = capture(CHECKPOINT, inputs={"sample": (2, 8, 4, 16, 16)}, dtype=torch.float32)
+    yield Way(EAGER, _pipeline())
+    yield from _ours(original, folder, "", 1)
+    for cut in CUTS:
+        for every in PERIODS:
+            peer = Way(DEEPCACHE, _pipeline(), cut, every)
+            deepcache(peer.pipeline, cut, every)
+            yield peer
+            yield from _ours(original, folder, cut, every)
+
+
+def _ours(original: Program, folder: Path, cut: str, every: int) -> Iterator[Way]:
+    made = recipe(cut, every)
+    program, _ = run_passes(original, made.steps)
+    yield Way(PYTORCH, _pipeline(program_module(program)), cut, every, program)
+    out = folder / f"{cut or 'uncached'}-{every}"
+    apply(made, Request(str(CHECKPOINT), out, verify="never", baseline=False, samples=0))
+    yield Way(ENGINE, _pipeline(load(out)), cut, every, program)
+
+
+def _pipeline(unet: Any = None) -> ClassToVideoPipeline:
+    made = ClassToVideoPipeline.load(CHECKPOINT, unet=unet)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def measured(all_ways: list[Way], steps: int, clips: int) -> list[Row]:
+    """A row for each way after ``clips`` clips of ``steps`` steps."""
+    evaluator = Evaluator.load(CHECKPOINT / "evaluator")
+    for way in all_ways:
+        way.generate(0, WARMUP_STEPS)
+        way.clips, way.loop, way.whole = [], [], []
+    for index in range(clips):
+        for way in all_ways:
+            way.generate(index, steps)
+        print(f"{steps} steps: {index + 1} of {clips} clips", file=sys.stderr, flush=True)
+    return [_row(way, all_ways, steps, evaluator) for way in all_ways]
+
+
+def _row(way: Way, all_ways: list[Way], steps: int, evaluator: Evaluator) -> Row:
+    """Times against the way's own uncached form and against the eager one; errors against the former's clips."""
+    owner = EAGER if way.owner == DEEPCACHE else way.owner
+    own = next(other for other in all_ways if other.owner == owner and other.every == 1)
+    eager = next(other for other in all_ways if other.owner == EAGER)
+    ours = next(other for other in all_ways if other.owner == PYTORCH and (other.cut, other.every) == _at(way))
+    plain = next(other for other in all_ways if other.owner == PYTORCH and other.every == 1)
+    assert ours.program is not None
+    assert plain.program is not None
+    macs = [generation_cost(each.program, steps).macs for each in (plain, ours) if each.program]
+    frames, reference = torch.cat(way.clips), torch.cat(own.clips)
+    labels = torch.arange(len(way.clips)) % 10
+    quality = evaluator.measure(frames, labels)
+    return Row(
+        owner=way.owner,
+        cut=way.cut,
+        branch=BRANCHES.get(way.cut),
+        every=way.every,
+        steps=steps,
+        seconds=way.loop,
+        whole=way.whole,
+        own=own.loop,
+        own_whole=own.whole,
+        eager=eager.loop,
+        macs=macs[0] / macs[1],
+        psnr=psnr(frames, reference),
+        error=float((frames - reference).norm() / reference.norm()),
+        accuracy=quality.frame_accuracy,
+        distance=quality.frechet_distance,
+    )
+
+
+def _at(way: Way) -> tuple[str, int]:
+    return way.cut, way.every
+
+
+def main() -> int:
+    """Measure, print and keep the page; 1 where a bound does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, nargs="*", default=list(CLIPS), help="numbers of steps")
+    parser.add_argument("--clips", type=int, help="clips of each way, in place of the usual number")
+    parser.add_argument("--out", type=Path, help="write the Markdown into this file")
+    arguments = parser.parse_args()
+    # One thread each: what else runs on a machine disturbs the operators of several threads most.
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="optpass-bench-") as home:
+        everyone = list(ways(Path(home)))
+        rows = [row for steps in arguments.steps for row in measured(everyone, steps, _clips(steps, arguments.clips))]
+    verdict = bounds(rows)
+    text = page(rows, refusals(_pipeline), verdict)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(f"{text}\n", "utf-8")
+    return 0 if all(bound.holds for bound in verdict) else 1
+
+
+def _clips(steps: int, asked: int | None) -> int:
+    return asked or CLIPS.get(steps, min(CLIPS.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
