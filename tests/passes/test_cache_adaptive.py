@@ -5,20 +5,25 @@ python -m pytest tests/passes/test_cache_adaptive.py
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from cases_diffusers import CASES
 from torch import Tensor, nn
 
+from optpass.analysis.cost import measure
+from optpass.analysis.generation import generation_cost
+from optpass.capture.sources import capture
 from optpass.errors import UserError
 from optpass.ir.loop import Adaptive, single_step
 from optpass.ir.program import InputRange, Program
 from optpass.passes.cache_adaptive import PRESETS, CacheAdaptive
 from optpass.pipeline.manager import run_passes
-from optpass.pipeline.recipe import Step
+from optpass.pipeline.recipe import Step, find_recipe, load_recipe
 from optpass.runtime.looped import program_module
 from optpass.testing import capture_module
 
@@ -115,7 +120,7 @@ class Released:
         y = x + block.joined(p, len(x))
         q = block.cross(y, context)
         r = gate * block.mlp(block.norm2(y + q))
-        if index == 2 * (DEPTH // 4) + 1 and self.caches[index]:
+        if index == 1 and self.caches[index]:
             self._decide(p, self.caches[index][0])
         self.caches[index] = [p, q + r]
         return y + (q + r)
@@ -172,7 +177,7 @@ def generation(call: Callable[..., Any], steps: int, stride: float = 0.1) -> lis
     return answers
 
 
-BOOK = {0.01: 5, 0.02: 4, 0.03: 3, 0.05: 2, 1.0: 1}
+BOOK = {0.05: 4, 0.064: 3, 0.08: 2, 1.0: 1}
 
 
 @pytest.mark.parametrize("moreg", [None, (3, 20)])
@@ -220,7 +225,7 @@ def test_one_tensor_lives_between_steps_beside_the_measured_one(captured):
     loop = adaptive(program, codebook="open-sora-30-fast", of=30).loop
     assert loop is not None
     measured = [name for name in loop.states if name.endswith(".measured")]
-    assert measured == ["blocks.3.attention.measured"]
+    assert measured == ["blocks.1.attention.measured"]
     assert {loop.states[name].shape for name in loop.states if name not in measured} == {(2, FRAMES * TOKENS, WIDTH)}
     assert len(loop.states) == 2
     assert isinstance(loop.schedule, Adaptive)
@@ -288,6 +293,25 @@ def test_a_second_run_changes_nothing(captured):
     _, [record] = run_passes(once, [Step("cache-adaptive", CacheAdaptive(codebook=BOOK))])  # type: ignore[call-arg]
     assert not record.modified
     assert "split already" in record.declined[0].reason
+
+
+def test_latte_measures_its_middle_attention_over_frames(tmp_path):
+    """The recipe's passes on diffusers' own class: blocks in two lists that take turns."""
+    case = next(case for case in CASES if case.name == "Latte-1")
+    (tmp_path / "config.json").write_text(json.dumps({**case.config, "num_layers": 4}))
+    sizes = {name: list(size) for name, size in case.inputs.items()}
+    program = capture(str(tmp_path), inputs=sizes, structure_only=True)
+    steps = load_recipe(find_recipe("adacache-latte")).steps
+    after, records = run_passes(program, steps)
+    assert [record.name for record in records] == ["hoist-invariants", "cache-adaptive"]
+    assert records[1].sites == tuple(f"transformer_blocks.{i}+temporal_transformer_blocks.{i}" for i in range(4))
+    assert after.loop is not None
+    measured = [name for name in after.loop.states if name.endswith(".measured")]
+    assert measured == ["temporal_transformer_blocks.1.attn1.measured"]
+    full, reuse = (generation_cost(after, 50).calls[name] for name in ("full", "reuse"))
+    assert (full, reuse) == (50, 0)
+    cost = measure(after).entries
+    assert cost["reuse"].totals.macs < 0.05 * cost["full"].totals.macs
 
 
 def test_a_model_without_a_loop_is_refused(captured):
