@@ -146,9 +146,11 @@ class CacheBlocks(Pass):
     def _threshold(self, site: _Site, span: BlockRange, changes: Sequence[Change]) -> Program:
         taken = [*site.states, *(change.name for change in changes)]
         front = stream_changes(site.graph, BlockRange((), span.before), site.by_add, taken)
-        sampled = [change for change in front if change.before in site.sampled]
+        dependent = site.dependent()
+        sampled = [change for change in front if change.before in dependent]
         if not sampled:
             raise NoRangeError("the blocks in front of the range add nothing to the sample's stream")
+        # Where text and image come out of one embedding, both depend on the sample: the image is the larger one.
         head = max(sampled, key=lambda change: prod(example_shape(change.after)))
         start, body, tail, then = threshold_entries(site.graph, span, changes, head, taken)
         entries = {HEAD: start, BODY: body, TAIL: tail}
@@ -225,7 +227,11 @@ class _Site:
 
     @cached_property
     def sampled(self) -> set[Node]:
-        """What depends on the noisy sample."""
+        """What depended on the noisy sample before anything was edited."""
+        return self.dependent()
+
+    def dependent(self) -> set[Node]:
+        """What depends on the noisy sample now."""
         inputs = zip(self.graph.signature.inputs, self.graph.placeholders, strict=True)
         return dependents(self.graph, [node for name, node in inputs if name == self.loop.sample])
 

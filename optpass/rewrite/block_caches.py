@@ -159,7 +159,7 @@ def threshold_entries(
     names: dict[str, Node] = {}
     for node in dict.fromkeys([*span.entering, *handed]):
         if node.op == "call_function":
-            names[unique_name(path_of(node), [*taken, *names, now, then, *(change.name for change in changes)])] = node
+            names[unique_name(f"{path_of(node)}.out", [*taken, *names])] = node
     body = _reading(graph, names, {past(now): head.residual}, {**kept, present(then): head.residual})
     _add_residuals(graph, [(change, change.residual) for change in changes])
     tail = _reading(graph, names, {past(change.name): change.residual for change in changes}, {})

@@ -104,8 +104,8 @@ class EngineModule(nn.Module):
         """One empty parameter: pipelines take a model's dtype and device from its first."""
         yield nn.Parameter(torch.empty(0, dtype=self.dtype, device=self.device), requires_grad=False)
 
-    def cache_context(self, name: str) -> AbstractContextManager[None]:
-        """diffusers' transformers have hooks that tell passes of a step apart; an engine has none."""
+    def cache_context(self, name: str, **facts: Any) -> AbstractContextManager[None]:
+        """diffusers' transformers have hooks that tell calls and steps apart by what is given here; engines have none."""
         return nullcontext()
 
     @cached_property
