@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import optpass as library
-from optpass.capture.sources import capture
 from optpass.pipeline.apply import apply
 from optpass.pipeline.recipe import make_recipe
 from optpass.pipeline.request import Request
@@ -24,53 +24,66 @@ from optpass.runtime.sampling import Asked, drive
 Folder = Callable[[str], Path]
 EVERY = 2
 CUT = "up_blocks.0"
-UNCACHED: dict[str, Any] = {"onnxruntime": {"threads": 1}}
+TARGETS: dict[str, Any] = {"onnxruntime": {"onnxruntime": {"threads": 1}}, "program": "program"}
 
 
-def bundle(checkpoint: Path, out: Path, inputs: Any = None, **options: Any) -> Path:
-    document = {"passes": [{"cache-features": {"cut": CUT, "every": EVERY, **options}}], "target": UNCACHED}
-    recipe = make_recipe(document if inputs is None else {**document, "inputs": inputs})
+def bundle(checkpoint: Path, out: Path, cut: str = CUT, target: str = "onnxruntime", **document: Any) -> Path:
+    """What `optpass apply` makes of ``checkpoint`` with every second step cached."""
+    passes = [{"cache-features": {"cut": cut, "every": EVERY}}]
+    recipe = make_recipe({"passes": passes, "target": TARGETS[target], **document})
     return apply(recipe, Request(str(checkpoint), out, baseline=False, verify="never", samples=0)).folder
 
 
 @contextmanager
-def hooks(unet: nn.Module, every: int = EVERY) -> Iterator[list[bool]]:
-    """The oracle: the module at the cut gives, in all but every n-th call, what it gave before; tells what it did."""
+def hooks(unet: nn.Module, cut: str = CUT) -> Iterator[list[bool]]:
+    """The oracle: the module at the cut gives, in every second call, what it gave before; tells what it did."""
     kept: list[Any] = []
     reused: list[bool] = []
 
     def exchange(_: nn.Module, __: Any, output: Any) -> Any:
-        reused.append(len(reused) % every != 0)
+        reused.append(len(reused) % EVERY != 0)
         if not reused[-1]:
             kept[:] = [output]
         return kept[0]
 
-    handle = unet.get_submodule(CUT).register_forward_hook(exchange)
+    handle = unet.get_submodule(cut).register_forward_hook(exchange)
     yield reused
     handle.remove()
 
 
-SCHEDULERS = {
-    "stable-diffusion": ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"),
-    "stable-video-diffusion": ("EulerDiscreteScheduler",),
+@dataclass(frozen=True)
+class Kind:
+    """The target, sizes that the pipeline's call makes, and the schedulers that are tried."""
+
+    target: str
+    inputs: dict[str, list[int]]
+    schedulers: tuple[str, ...]
+
+
+KINDS = {
+    "stable-diffusion": Kind(
+        "onnxruntime",
+        {"encoder_hidden_states": [2, 16, 16]},
+        ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"),
+    ),
+    "stable-video-diffusion": Kind("program", {"sample": [2, 3, 8, 8, 12]}, ("EulerDiscreteScheduler",)),
 }
 
 
-@pytest.fixture(scope="module")
-def cached(pipeline_folder: Folder, asked_of: Callable[[str], Asked], tmp_path_factory: Any) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            call = asked_of(kind).call
-            inputs = {"sample": [2, 3, 8, call["height"] // 2, call["width"] // 2]} if "video" in kind else None
-            made[kind] = bundle(pipeline_folder(kind), tmp_path_factory.mktemp(kind) / "bundle", inputs)
-        return made[kind]
+@pytest.fixture(name="cached", scope="module")
+def _cached(pipeline_folder: Folder, tmp_path_factory: Any) -> Callable[[str], Path]:
+    @functools.cache
+    def make(name: str) -> Path:
+        kind = KINDS[name]
+        out = tmp_path_factory.mktemp(name) / "bundle"
+        return bundle(pipeline_folder(name), out, target=kind.target, inputs=kind.inputs)
 
     return make
 
 
-@pytest.mark.parametrize(("kind", "scheduler"), [(kind, name) for kind, names in SCHEDULERS.items() for name in names])
+@pytest.mark.parametrize(
+    ("kind", "scheduler"), [(name, each) for name, kind in KINDS.items() for each in kind.schedulers]
+)
 def test_a_pipeline_makes_what_hooks_make(
     kind: str,
     scheduler: str,
@@ -102,7 +115,7 @@ def test_open_sizes_through_an_engine(pipeline_folder: Folder, tmp_path: Path) -
     from diffusers import UNet2DConditionModel
 
     folder = pipeline_folder("stable-diffusion") / "unet"
-    found = library.load(bundle(folder, tmp_path / "bundle", OPEN))
+    found = library.load(bundle(folder, tmp_path / "bundle", inputs=OPEN))
     unet = UNet2DConditionModel.from_pretrained(folder).eval()
     for shape in ((1, 4, 8, 12), (3, 4, 16, 10), (1, 4, 8, 12)):
         generator = torch.Generator().manual_seed(len(shape) + shape[0])
@@ -116,49 +129,38 @@ def test_open_sizes_through_an_engine(pipeline_folder: Folder, tmp_path: Path) -
                 sample = sample - 0.05 * expected
 
 
-def test_a_reuse_engine_is_the_full_one_given_the_same_feature(pipeline_folder: Folder, tmp_path: Path) -> None:
-    folder = bundle(pipeline_folder("stable-diffusion") / "unet", tmp_path / "bundle")
-    plain = tmp_path / "plain"
-    recipe = make_recipe({"passes": [], "target": UNCACHED})
-    apply(recipe, Request(str(pipeline_folder("stable-diffusion") / "unet"), plain, baseline=False, verify="never"))
-    module, original = library.load(folder), library.load(plain)
-    runners = module.runner.runners
-    inputs = {spec.name: torch.randn(spec.shape).to(spec.dtype) for spec in original.inputs}
-    inputs["timestep"] = torch.tensor(500, dtype=inputs["timestep"].dtype)
-    full = runners["full"](inputs)
-    reuse = runners["reuse"]({**inputs, "past.feature": full["present.feature"]})
-    uncached = original.runner(inputs)["sample"]
-    scale = float(uncached.abs().max())
-    for value in (full["sample"], reuse["sample"]):
-        torch.testing.assert_close(value, uncached, atol=1e-6 * scale, rtol=0)
-    assert size(folder) <= 1.02 * size(plain) + len((folder / "reuse.onnx").read_bytes())
+def test_a_reuse_engine_is_the_full_one_given_the_same_feature(
+    cached: Callable[[str], Path], pipeline_folder: Folder
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    module = library.load(cached("stable-diffusion"))
+    assert isinstance(module, LoopModule)
+    generator = torch.Generator().manual_seed(4)
+    inputs = {spec.name: torch.randn(spec.at({}).shape, generator=generator).to(spec.dtype) for spec in module.inputs}
+    inputs["timestep"] = torch.full_like(inputs["timestep"], 500)
+    engines = module.runner.runners
+    full = engines["full"](inputs)
+    reuse = engines["reuse"]({**inputs, "past.feature": full["present.feature"]})
+    scale = float(full["sample"].abs().max())
+    torch.testing.assert_close(reuse["sample"], full["sample"], atol=1e-6 * scale, rtol=0)
+    unet = UNet2DConditionModel.from_pretrained(pipeline_folder("stable-diffusion") / "unet").eval()
+    with torch.no_grad():
+        expected = unet(**inputs).sample
+    torch.testing.assert_close(full["sample"], expected, atol=1e-5 * scale, rtol=0)
 
 
-def size(folder: Path) -> int:
-    """Bytes of a bundle's engines."""
-    return sum(path.stat().st_size for path in folder.glob("*.onnx*"))
-
-
-def test_moving_digits(moving_digits: Path, tmp_path: Path) -> None:
-    """The trained checkpoint: equal clips, engines that share their weights, a tenth of the size at most on top."""
+@pytest.mark.slow
+def test_moving_digits_through_engines(moving_digits: Path, tmp_path: Path) -> None:
+    """The trained checkpoint: the hooks' clip, and two engines in the space of one."""
     from optpass.runtime.class_to_video import ClassToVideoPipeline
 
-    inputs = {"sample": [2, 8, 4, 16, 16]}
-    program = capture(moving_digits, inputs={"sample": (2, 8, 4, 16, 16)}, dtype=torch.float32)
-    document = {"inputs": inputs, "dtype": "float32", "target": UNCACHED}
-    request = {"baseline": False, "verify": "never", "samples": 0}
-    plain = apply(make_recipe({**document, "passes": []}), Request(str(moving_digits), tmp_path / "a", **request))
-    passes = [{"cache-features": {"cut": CUT, "every": EVERY}}]
-    made = apply(make_recipe({**document, "passes": passes}), Request(str(moving_digits), tmp_path / "b", **request))
-    assert size(made.folder) <= 1.02 * size(plain.folder)
+    cut = "up_blocks.1"
+    folder = bundle(moving_digits, tmp_path / "out", cut, inputs={"sample": [2, 8, 4, 16, 16]}, dtype="float32")
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.onnx*")}
+    assert sum(sizes.values()) <= 1.02 * (sizes["full.onnx"] + sizes["weights.onnx.data"])
     pipeline = ClassToVideoPipeline.load(moving_digits)
-    with hooks(pipeline.unet):
-        expected = frames(pipeline)
-    pipeline.unet = library.load(made.folder)
-    assert np.abs(frames(pipeline) - expected).max() < 1e-3
-    assert program.loop is not None
-
-
-def frames(pipeline: Any) -> Any:
-    found: Tensor = pipeline([3], num_inference_steps=6).frames
-    return found.numpy()
+    with hooks(pipeline.unet, cut):
+        expected = pipeline([3], num_inference_steps=6).frames
+    pipeline.unet = library.load(folder)
+    torch.testing.assert_close(pipeline([3], num_inference_steps=6).frames, expected, atol=1e-3, rtol=0)
