@@ -106,12 +106,13 @@ class CacheFeatures(Pass):
         what = f"what {'leaves' if self.at == 'output' else 'enters'} {self.cut}"
         moving = depending_on(graph, [loop.sample])
         features = [node for node in crossing if node in moving]
+        fresh = depending_on(graph, [loop.sample], stop=set(features))
         kept = ancestors(graph.output_node.all_input_nodes, stop=set(features))
         features = [node for node in features if node in kept]
         rest = [node for node in graph.calls if node in kept and node not in features]
         if not features:
             return f"{what} does not depend on {loop.sample}"
-        if moving.isdisjoint(rest):
+        if fresh.isdisjoint(rest):
             return f"a step that reuses {what} would not see {loop.sample}"
         if sum(map(macs_of, graph.calls)) == sum(map(macs_of, rest)):
             return f"a step that reuses {what} would save no product"

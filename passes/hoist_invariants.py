@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 from torch.fx import Node
 
+from optpass.analysis.boundaries import ancestors
 from optpass.analysis.dependence import Dependence
 from optpass.analysis.invariants import Refusal, invariants
 from optpass.analysis.operators import aten, is_view
@@ -19,7 +20,8 @@ from optpass.ir.program import Program
 from optpass.pipeline.contract import exact
 from optpass.pipeline.passes import Context, Pass
 from optpass.rewrite.joining import joined
-from optpass.rewrite.splitting import reached, subgraph, unread_inputs
+from optpass.rewrite.splitting import subgraph, unread_inputs
+from optpass.rewrite.stepping import results, unique_name
 
 PREPARE, EMBED = "prepare", "embed"
 
@@ -59,7 +61,7 @@ class HoistInvariants(Pass):
         assert loop is not None
         names = list(dict.fromkeys(entry for chain in loop.variants.values() for entry in chain))
         steps = [program.entries[name] for name in names]
-        whole, places = joined(steps, program.weights)
+        whole, places = joined(steps, program.weights, _handed(program, loop, names))
         constant = [*loop.conditioning, *(past(state) for state in _once_states(program, loop))]
         found = invariants(whole, constant, loop.timestep, largest=self.largest)
         timed = found.timed if self.timesteps == "table" else []
@@ -72,6 +74,7 @@ class HoistInvariants(Pass):
         for node in kept.values():
             context.rewrote(_maker(node), owners.of(node))
         changed = {name: _reading(graph, place, kept) for name, graph, place in zip(names, steps, places, strict=True)}
+        _drop_unread(changed, program)
         _read_sizes(whole, found.dependence)
         fixed = {name: node for name, node in kept.items() if node in set(found.constant)}
         once = _writing(whole, fixed, {})
@@ -82,6 +85,25 @@ class HoistInvariants(Pass):
         if self.timesteps == "table":
             return too_large
         return [Refusal(_maker(node), "it stays the same for a timestep, and 'timesteps: keep'") for node in timed]
+
+
+def _handed(program: Program, loop: Loop, names: Sequence[str]) -> list[dict[str, tuple[int, str]]]:
+    """For each entry the states that another one writes before it in every step that runs it, and only that one."""
+    interfaces = program.interfaces
+    writers: dict[str, dict[str, set[str]]] = {name: {} for name in names}
+    for chain in loop.variants.values():
+        written: dict[str, str] = {}
+        for name in chain:
+            for state in interfaces[name].reads:
+                writers[name].setdefault(state, set()).add(written.get(state, ""))
+            written |= dict.fromkeys(interfaces[name].writes, name)
+    places = {name: index for index, name in enumerate(names)}
+    found: list[dict[str, tuple[int, str]]] = []
+    for name in names:
+        single = {state: next(iter(by)) for state, by in writers[name].items() if len(by) == 1}
+        earlier = {state: places[by] for state, by in single.items() if by and places[by] < places[name]}
+        found.append({past(state): (index, present(state)) for state, index in earlier.items()})
+    return found
 
 
 class _Owners:
@@ -112,18 +134,11 @@ def _maker(node: Node) -> Node:
 
 def _state_names(nodes: Iterable[Node], loop: Loop) -> list[str]:
     """A name for each value: the module that makes it, with a number where that has several."""
-    names: list[str] = []
-    taken = set(loop.states)
+    taken = dict.fromkeys(loop.states)
     for node in nodes:
         maker = _maker(node)
-        base = name = str(maker.meta.get(PATH) or maker.name)
-        number = 1
-        while name in taken:
-            number += 1
-            name = f"{base}.{number}"
-        taken.add(name)
-        names.append(name)
-    return names
+        taken[unique_name(str(maker.meta.get(PATH) or maker.name), taken)] = None
+    return list(taken)[len(loop.states) :]
 
 
 def _reading(graph: Graph, place: Mapping[Node, Node], kept: Mapping[str, Node]) -> Graph:
@@ -133,10 +148,22 @@ def _reading(graph: Graph, place: Mapping[Node, Node], kept: Mapping[str, Node])
     for node in graph.fx.nodes:
         if place.get(node) in wanted and first.setdefault(place[node], node) is not node:
             node.replace_all_uses_with(first[place[node]])
-    results: tuple[Node, ...] = graph.output_node.args[0]  # type: ignore[assignment]
-    outputs = dict(zip(graph.signature.outputs, results, strict=True))
+    outputs = results(graph)
     inputs = _read({past(name): first[node] for name, node in kept.items() if node in first}, outputs.values())
     return subgraph(graph, inputs=inputs, outputs=outputs, keep=unread_inputs(graph)) if inputs else graph
+
+
+def _drop_unread(steps: dict[str, Graph], program: Program) -> None:
+    """Write no longer what entries handed to later ones that now read it from what is kept."""
+    before, after = (
+        {state for graph in graphs.values() for state in Interface.of(graph).reads}
+        for graphs in (program.entries, {**program.entries, **steps})
+    )
+    gone = {present(state) for state in before - after}
+    for name, graph in steps.items():
+        outputs = {output: node for output, node in results(graph).items() if output not in gone}
+        if len(outputs) < len(graph.outputs):
+            steps[name] = subgraph(graph, inputs={}, outputs=outputs, keep=unread_inputs(graph))
 
 
 def _writing(graph: Graph, kept: Mapping[str, Node], given: Mapping[str, Node]) -> Graph | None:
@@ -148,7 +175,7 @@ def _writing(graph: Graph, kept: Mapping[str, Node], given: Mapping[str, Node]) 
 
 def _read(cut: Mapping[str, Node], outputs: Collection[Node]) -> dict[str, Node]:
     """Those of the ``cut`` values that ``outputs`` are computed from."""
-    read = reached(outputs, set(cut.values()))
+    read = ancestors(outputs, stop=set(cut.values()))
     return {name: node for name, node in cut.items() if node in read}
 
 
@@ -165,22 +192,12 @@ def _with_hoisted(
     """``program`` with its ``steps`` in place of what they were, and new entries beside them."""
     loop = program.loop
     assert loop is not None
-    once = {_fresh(name, program.entries): graph for name, graph in once.items()}
-    tables = {_fresh(name, program.entries): graph for name, graph in tables.items()}
-    written = [spec for graph in (*once.values(), *tables.values()) for spec in graph.outputs]
-    states = {spec.name.removeprefix(PRESENT): spec for spec in written}
-    loop = replace(
-        loop,
-        states={**loop.states, **{name: State.of(name, spec) for name, spec in states.items()}},
-        once=(*loop.once, *once),
-        tables=(*loop.tables, *tables),
-    )
-    return replace(program, entries={**program.entries, **steps, **once, **tables}, loop=loop)
-
-
-def _fresh(name: str, taken: Collection[str]) -> str:
-    number, found = 1, name
-    while found in taken:
-        number += 1
-        found = f"{name}_{number}"
-    return found
+    once = {unique_name(name, program.entries): graph for name, graph in once.items()}
+    tables = {unique_name(name, program.entries): graph for name, graph in tables.items()}
+    entries = {**program.entries, **steps, **once, **tables}
+    written = {state for graph in entries.values() for state in Interface.of(graph).writes}
+    states = {name: state for name, state in loop.states.items() if name in written}
+    for graph in (*once.values(), *tables.values()):
+        states |= {s.name.removeprefix(PRESENT): State.of(s.name.removeprefix(PRESENT), s) for s in graph.outputs}
+    loop = replace(loop, states=states, once=(*loop.once, *once), tables=(*loop.tables, *tables))
+    return replace(program, entries=entries, loop=loop)

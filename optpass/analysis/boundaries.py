@@ -33,15 +33,15 @@ def values_entering(graph: Graph, module: str) -> list[Node]:
     return [node for node in _tensors(graph) if not inside(node) and any(map(inside, node.users))]
 
 
-def depending_on(graph: Graph, inputs: Collection[str]) -> set[Node]:
+def depending_on(graph: Graph, inputs: Collection[str], stop: Collection[Node] = ()) -> set[Node]:
     """The nodes whose values depend on those of the graph's ``inputs``, given by name, these themselves among them.
 
-    Reading no more than a size is no dependence.
+    What they depend on through a node of ``stop`` does not count, and reading no more than a size is no dependence.
     """
     named = zip(graph.signature.inputs, graph.placeholders, strict=True)
     found = {node for name, node in named if name in inputs}
     for node in operators(graph):
-        if not found.isdisjoint(node.all_input_nodes):
+        if node not in stop and not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 

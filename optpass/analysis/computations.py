@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -49,18 +49,21 @@ def computation(node: Node, weights: WeightStore, operand: Callable[[Node], Hash
 class Numbering:
     """Numbers for values such that equal numbers mean equal values, in all graphs that are asked about.
 
-    Inputs are equal by name. Linear in the nodes.
+    Linear in the nodes.
     """
 
     def __init__(self, weights: WeightStore) -> None:
         self._weights = weights
         self._numbers: dict[Hashable, int] = {}
 
-    def of(self, graph: Graph) -> dict[Node, int]:
-        """The number of every node of ``graph``."""
+    def of(self, graph: Graph, given: Mapping[str, int] | None = None) -> dict[Node, int]:
+        """The number of every node of ``graph``; inputs have those ``given`` for them, or one of their name."""
         inputs = dict(zip(graph.placeholders, graph.signature.inputs, strict=True))
         found: dict[Node, int] = {}
         for node in graph.fx.nodes:
+            if given and inputs.get(node) in given:
+                found[node] = given[inputs[node]]
+                continue
             if node in inputs:
                 key: Hashable = ("input", inputs[node])
             else:

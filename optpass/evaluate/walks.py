@@ -13,7 +13,7 @@ from optpass.ir.interface import Interface
 from optpass.ir.loop import Adaptive, Cycle, Loop
 from optpass.ir.program import InputRange
 
-STRIDE = 0.3
+STRIDE = 0.1
 """How far a sample goes in one call of a walk; 1 would be to another noise."""
 UNCOUNTED = 8
 """Calls of a walk where the schedule has no period."""
@@ -28,6 +28,18 @@ def period(loop: Loop) -> int:
             return UNCOUNTED
     assert loop.schedule.of is not None
     return loop.schedule.of
+
+
+def compared_calls(loop: Loop | None) -> int:
+    """Calls of each walk on which two loops are compared, if they remember anything; else one."""
+    if loop is None or loop.stateless:
+        return 1
+    return 2 * period(loop) if isinstance(loop.schedule, Cycle) else period(loop)
+
+
+def timed_length(loop: Loop | None) -> int:
+    """Calls whose latency is taken together."""
+    return 1 if loop is None or loop.stateless else period(loop)
 
 
 def walk(
@@ -53,8 +65,7 @@ def call_trials(
     """Random calls, at the captured sizes ``trials`` times and then at others that it takes; of a loop, walks."""
     if loop is None or loop.stateless:
         return trial_inputs(call, call.dimensions, ranges, seed, trials)
-    calls = 2 * period(loop) if isinstance(loop.schedule, Cycle) else period(loop)
-    each = trial_specs(call, call.dimensions)
+    calls, each = compared_calls(loop), trial_specs(call, call.dimensions)
     return [step for index, specs in enumerate(each) for step in walk(loop, specs, ranges, seed + index, calls)]
 
 

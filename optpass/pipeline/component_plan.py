@@ -38,10 +38,12 @@ from typing import Any, Literal
 from optpass.analysis.cost import Cost, measure
 from optpass.analysis.evaluation import file_leaves, held_bytes, read_bytes
 from optpass.errors import UserError
-from optpass.evaluate.difference import TRIALS, elements, trial_specs
+from optpass.evaluate.difference import TRIALS, elements, program_calls, trial_specs
 from optpass.evaluate.latency import RUNS, WARMUP
 from optpass.evaluate.metrics import NUMERIC
+from optpass.evaluate.walks import compared_calls, timed_length
 from optpass.evaluate.widened import widened
+from optpass.ir.loop import Loop
 from optpass.ir.program import Program
 from optpass.ir.slots import kept_bytes
 from optpass.ir.weights import Expression
@@ -288,8 +290,8 @@ class _Planner:
             self._execute(name, compared, Trials(1.0, 1.0), macs)
 
     def _compare(self, name: str, before: Program, after: Program) -> None:
-        """A stage in which both Programs are called on the same random inputs, their weights read for every call."""
-        trials = Trials.of(before, TRIALS)
+        """A stage in which both Programs are called on the same random inputs."""
+        trials = Trials.of(before, TRIALS, after.loop)
         self._execute(name, (before, after), trials, round(trials.work * (_macs(before) + _macs(after))))
 
     def _execute(self, name: str, programs: Sequence[Program], trials: Trials, macs: int) -> None:
@@ -335,7 +337,7 @@ class _Planner:
             return f"not collected: {reason}", 0
         before, after = _call_macs(self.original), _call_macs(result)
         self.held += engine.loaded
-        trials, wide = Trials.of(self.original, 1), widened(self.original)
+        trials, wide = Trials.of(self.original, 1, result.loop), widened(self.original)
         memory = self.held + _executed_bytes(wide, trials.largest)
         macs = round(trials.work * (before + after))
         self.stages.append(Stage("compare", macs, self._read(wide), memory))
@@ -347,7 +349,7 @@ class _Planner:
         self.stages.append(Stage("lower the original", read=self._read(self.original), memory=self.held + peak))
         self.held += baseline.loaded
         activations = max(self.cost.totals.peak_activation_bytes, measure(result).totals.peak_activation_bytes)
-        calls = RUNS + WARMUP
+        calls = (RUNS + WARMUP) * timed_length(result.loop)
         self.stages.append(Stage("latency", calls * (before + after), 0, self.held + 2 * activations))
         if not self._sampled("numerics"):
             return "numerics and latency", baseline.disk
@@ -373,13 +375,14 @@ class Trials:
     largest: float
 
     @staticmethod
-    def of(program: Program, trials: int) -> Trials:
-        """Those of every entry together."""
+    def of(program: Program, trials: int, loop: Loop | None) -> Trials:
+        """Those of every call of ``program`` together, where what it is compared with is driven by ``loop``."""
         ratios: list[float] = []
-        for graph in program.entries.values():
-            specs = trial_specs(graph, graph.dimensions, trials)
+        steps, calls = compared_calls(loop), program_calls(program)
+        for call in calls.values():
+            specs = trial_specs(call, call.dimensions, trials if steps == 1 else 1)
             ratios += [elements(each) / max(elements(specs[0]), 1) for each in specs]
-        return Trials(sum(ratios) / max(len(program.entries), 1), max(ratios, default=1.0))
+        return Trials(steps * sum(ratios) / max(len(calls), 1), max(ratios, default=1.0))
 
 
 def _needs(record: Pass) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from optpass.errors import UserError
 from optpass.runtime.bundle import read_manifest
 from optpass.runtime.loading import load, load_pipeline
+from optpass.runtime.looped import LoopModule
 from optpass.runtime.sampling import Asked, Samples, drive, takes_labels
 
 SMALL = 256
@@ -61,6 +62,9 @@ def sample(
         "guidance": asked.guidance,
         "seed": seed,
     }
+    calls = {name: module.statistics for name, module in pipeline.components.items() if isinstance(module, LoopModule)}
+    if calls:
+        facts["calls"] = calls
     if (bundle / manifest.components / "evaluator").is_dir():
         from optpass.evaluate.quality import Evaluator
 

@@ -14,6 +14,8 @@ from optpass.errors import UserError
 from optpass.evaluate.difference import program_difference, tensor_difference
 from optpass.ir.loop import State, every, past, present, single_step
 from optpass.ir.text import program_text
+from optpass.passes.cache_blocks import CacheBlocks
+from optpass.passes.cache_features import CacheFeatures
 from optpass.passes.hoist_invariants import HoistInvariants
 from optpass.passes.simplify import Simplify
 from optpass.passes.single_token_attention import SingleTokenAttention
@@ -280,6 +282,33 @@ def test_entries_share_what_they_all_compute(captured):
     assert after.interfaces["full"].reads == ["blocks.0.modulation", "blocks.1.modulation"]
     assert after.interfaces["reuse"].reads == ["feature", "blocks.1.modulation"]
     assert program_difference(cached, after).relative_error == 0.0
+
+
+CACHES = {
+    "interval": ("adaln", Step("cache-blocks", CacheBlocks(blocks="1-1"))),
+    "threshold": ("adaln", Step("cache-blocks", CacheBlocks(blocks="1-1", method="threshold", threshold=0.2))),
+    "taylor": ("adaln", Step("cache-blocks", CacheBlocks(blocks="1-1", method="taylor", every=3))),
+    "features": ("windows", Step("cache-features", CacheFeatures(cut="local", every=2))),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_composes_with_caching_in_both_orders(captured, name):
+    model, cache = CACHES[name]
+    program, _ = captured(model)
+    cached, _ = run_pass(program, cache)
+    for order in ((cache, STEP), (STEP, cache)):
+        after = program
+        for step in order:
+            after, record = run_pass(after, step)
+            assert record.modified
+        assert set(STATES[model]) <= set(after.loop.states)
+        hoisted = {weight for entry in ("prepare", *after.loop.tables) for weight in weights_of(after, entry)}
+        for entry in {entry for chain in after.loop.variants.values() for entry in chain}:
+            assert hoisted.isdisjoint(weights_of(after, entry))
+        assert program_difference(cached, after).relative_error == 0.0
+        _, again = run_pass(after, STEP)
+        assert not again.modified
 
 
 def test_timesteps_can_stay_in_the_step(captured):
