@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm, prod
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.fx import Node
 
 from optpass.analysis.block_ranges import BlockRange, NoRangeError, block_range
@@ -16,7 +16,7 @@ from optpass.analysis.blocks import stacks
 from optpass.analysis.mac_rules import macs_of
 from optpass.analysis.residuals import Kind, Residual, Residuals, residuals
 from optpass.ir.graph import Graph, example_shape, operators
-from optpass.ir.loop import Adaptive, Cycle, Loop, every
+from optpass.ir.loop import Adaptive, Cycle, Listed, Loop, every
 from optpass.ir.program import Program
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context, Pass
@@ -34,6 +34,13 @@ from optpass.rewrite.stepping import computed_entry, stepped, unique_name
 
 FULL, REUSE = "full", "reuse"
 HEAD, BODY, TAIL = "head", "body", "tail"
+OPTIONS = {
+    "interval": {"head", "every", "steps", "of", "within"},
+    "taylor": {"head", "every", "steps", "of", "within", "order"},
+    "threshold": {"head", "threshold", "warmup", "cooldown", "max_reuse"},
+    "attention": {"spatial", "temporal", "cross", "within"},
+}
+"""What each method listens to, beside ``blocks``."""
 KINDS: dict[str, Kind] = {
     "spatial": "self-attention",
     "temporal": "temporal-attention",
@@ -56,7 +63,8 @@ class CacheBlocks(Pass):
       R + Δ·k (+ Δ²·k²/2 with `order: 2`), k steps on. The differences are computed where R is, in the full step.
     - `attention`: what attentions add is kept and reused one by one, each kind with its own interval (`spatial`: all
       self-attention that is not temporal, `temporal`, `cross`); an entry for each set of kinds that is
-      reused at some step. The gate of this step's timestep is part of what is kept.
+      reused at some step. The gate of the computed step's time is part of what is kept, and so is a feed-forward
+      that is one branch with an attention (Flux's single blocks).
 
     A computed step gives what the model gave, to the bit. `blocks` chooses the range: by default every block of the
     costliest stack but the first `head` (of attentions, all); "3-24" by number (from 0, both included), else patterns
@@ -84,6 +92,8 @@ class CacheBlocks(Pass):
     warmup: int = Field(1, ge=1, description="threshold: steps at the beginning that are all computed")
     cooldown: int = Field(0, ge=0, description="threshold: steps at the end that are all computed")
     max_reuse: int = Field(0, ge=0, description="threshold: steps in a row that reuse at most; 0 for any number")
+    steps: tuple[int, ...] | None = Field(None, description="interval, taylor: the computed steps, in place of every")
+    of: int | None = Field(None, ge=1, description="how many steps a generation has, with steps")
     spatial: int = Field(2, ge=1, description="attention: steps per computed self-attention; 1 to leave it alone")
     temporal: int = Field(4, ge=1, description="attention: steps per computed attention over frames")
     cross: int = Field(6, ge=1, description="attention: steps per computed cross-attention")
@@ -91,11 +101,22 @@ class CacheBlocks(Pass):
 
     contract = approximate()
 
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Self:
+        fields = type(self).model_fields
+        given = {name for name, field in fields.items() if getattr(self, name) != field.default}
+        if stray := sorted(given - {"method", "blocks"} - OPTIONS[self.method]):
+            known = ", ".join(sorted(OPTIONS[self.method]))
+            raise ValueError(f"{', '.join(stray)} is no option of method: {self.method}, which has {known}")
+        if (self.steps is None) != (self.of is None):
+            raise ValueError("steps and of belong together: steps: [0, 3, 5], of: 20")
+        if self.steps is not None and ("every" in given or self.within is not None):
+            raise ValueError("steps lists what is computed; every and within are another schedule")
+        return self
+
     def requires(self, program: Program) -> list[str]:
         if program.loop is None:
             return ["the model has no sampling loop (no input that is a noisy sample, or none that is a timestep)"]
-        if self.method == "threshold" and self.within is not None:
-            return ["'within' is of fixed intervals; a threshold has warmup, cooldown and max_reuse"]
         return []
 
     def run(self, program: Program, context: Context) -> Program:
@@ -116,8 +137,8 @@ class CacheBlocks(Pass):
 
     def _range(self, site: _Site, context: Context) -> Program:
         """The methods that keep what a range of blocks adds to its streams."""
-        if self.method != "threshold" and self.every == 1:
-            raise NoRangeError("with every: 1 every step is computed")
+        if self.method != "threshold" and _always_computes(self._schedule()):
+            raise NoRangeError("every step is computed, so none would reuse")
         span = block_range(site.graph, stacks(site.graph, site.found), site.sampled, self.blocks, self.head)
         if self.method == "threshold" and not span.before:
             raise NoRangeError("a threshold is measured on blocks in front of the range, and there are none")
@@ -133,14 +154,16 @@ class CacheBlocks(Pass):
     def _interval(self, site: _Site, span: BlockRange, changes: Sequence[Change]) -> Program:
         full, reuse = interval_entries(site.graph, changes)
         variants = {FULL: (site.entry,), REUSE: (REUSE,)}
-        return stepped(site.program, site.entry, {site.entry: full, REUSE: reuse}, variants, self._cycle())
+        return stepped(site.program, site.entry, {site.entry: full, REUSE: reuse}, variants, self._schedule())
 
     def _taylor(self, site: _Site, span: BlockRange, changes: Sequence[Change]) -> Program:
         full, reuse, zeros = taylor_entries(site.graph, changes, self.order)
         variants = {FULL: (site.entry,), REUSE: (REUSE,)}
-        return stepped(site.program, site.entry, {site.entry: full, REUSE: reuse}, variants, self._cycle(), zeros)
+        return stepped(site.program, site.entry, {site.entry: full, REUSE: reuse}, variants, self._schedule(), zeros)
 
-    def _cycle(self) -> Cycle:
+    def _schedule(self) -> Cycle | Listed:
+        if self.steps is not None and self.of is not None:
+            return Listed(self.steps, self.of)
         return every(self.every, (FULL, REUSE), self.within)
 
     def _threshold(self, site: _Site, span: BlockRange, changes: Sequence[Change]) -> Program:
@@ -234,6 +257,12 @@ class _Site:
         """What depends on the noisy sample now."""
         inputs = zip(self.graph.signature.inputs, self.graph.placeholders, strict=True)
         return dependents(self.graph, [node for name, node in inputs if name == self.loop.sample])
+
+
+def _always_computes(schedule: Cycle | Listed) -> bool:
+    if isinstance(schedule, Listed):
+        return len(schedule.computed) == schedule.of
+    return REUSE not in schedule.variants
 
 
 def _with_inner(found: Sequence[Residual]) -> list[Residual]:

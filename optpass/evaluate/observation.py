@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,10 +28,14 @@ ELEMENTS = 1 << 16
 
 @dataclass
 class Course:
-    """One generation: every state at every step, [elements] each; every watched value's change from step to step."""
+    """One generation: every state at every step, [elements] each; every watched value's change from step to step.
+
+    ``computed`` are the steps that were computed.
+    """
 
     states: list[dict[str, Tensor]] = field(default_factory=list)
     changes: dict[str, list[float]] = field(default_factory=dict)
+    computed: list[int] = field(default_factory=list)
     last: dict[str, Tensor] = field(default_factory=dict)
 
     def changes_of(self, state: str) -> Tensor:
@@ -41,21 +45,19 @@ class Course:
 
 
 class Observation:
-    """A ``module`` that computes every step of ``program``, and what it computed.
+    """A ``module`` that runs ``program`` by its schedule, and what it computed.
 
-    ``states`` are the names of those to watch; ``watched`` further values, by entry and by a name for the record.
+    ``runners`` are those of the Program's entries, or of entries with further outputs (:func:`watching_runners`);
+    ``states`` are the names of the states to keep.
     """
 
-    def __init__(self, program: Program, states: tuple[str, ...], watched: Mapping[str, Mapping[str, Node]]) -> None:
-        assert program.loop is not None
+    def __init__(self, program: Program, runners: Mapping[str, Runner], states: Collection[str] = ()) -> None:
         self._states = states
         self._seen: dict[str, Tensor] = {}
         self._courses: dict[Generation, Course] = {}
-        entries = {name: _with_outputs(graph, watched.get(name, {})) for name, graph in program.entries.items()}
-        runners = program_runners(replace(program, entries=entries))
-        every_step = replace(program, loop=computing(program.loop))
-        module = engine_module(every_step, {name: self._watching(runner) for name, runner in runners.items()})
-        assert isinstance(module, LoopModule)
+        module = engine_module(program, {name: self._watching(runner) for name, runner in runners.items()})
+        if not isinstance(module, LoopModule):
+            raise ValueError("a model without states has no course")
         module.runner = _Watched(module.runner, self)
         self.module = module
 
@@ -63,6 +65,7 @@ class Observation:
         """A step of ``generation`` has been made."""
         course = self._courses.setdefault(generation, Course())
         course.states.append({name: _few(generation.states[name]) for name in self._states})
+        course.computed = list(generation.computed)
         for name, value in self._seen.items():
             if name in course.last:
                 course.changes.setdefault(name, []).append(float(_change(course.last[name], value[None])))
@@ -101,6 +104,12 @@ class _Watched(LoopRunner):
         outputs = super()._step(generation, tensors)
         self._observation.saw(generation)
         return outputs
+
+
+def watching_runners(program: Program, watched: Mapping[str, Mapping[str, Node]]) -> dict[str, Runner]:
+    """The entries executed by PyTorch, which tell ``watched`` values besides: by entry and by a name for the record."""
+    entries = {name: _with_outputs(graph, watched.get(name, {})) for name, graph in program.entries.items()}
+    return program_runners(replace(program, entries=entries))
 
 
 def computing(loop: Loop) -> Loop:

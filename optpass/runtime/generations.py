@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,8 +20,22 @@ CORRELATION = 0.3
 """Cosine below which two samples are not of one generation. Noises of a thousand elements stay under 0.1."""
 OPEN = 8
 """Generations of one module that are kept; the one that rested longest goes first."""
+RESTED = 16
+"""Calls of its thread after which a generation that none of them went on with is over, and what it kept is freed."""
 SUSPICIOUS = 4
 """Calls in a row that each start a generation, after which the log says why nothing is reused."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a pipeline says of a call beside its arguments (diffusers' ``cache_context``), as far as it says anything.
+
+    ``name`` tells the calls of a step apart ("cond", "uncond"), ``step`` counts from 0, ``of`` is the number of steps.
+    """
+
+    name: str = ""
+    step: int | None = None
+    of: int | None = None
 
 
 @dataclass(eq=False)
@@ -30,8 +46,10 @@ class Generation:
     """
 
     thread: int
+    said: Said
     conditioning: Mapping[str, Tensor]
     step: int = -1
+    used: int = 0
     timestep: float = math.inf
     sample: Tensor | None = None
     states: dict[str, Tensor] = field(default_factory=dict)
@@ -53,6 +71,7 @@ class Generations:
     timestep has moved on and its sample is like the last one (cosine of :data:`CORRELATION` or more); of
     several, with the one whose sample is nearest. At an equal timestep, the sample must differ (samplers of higher
     order evaluate a time twice; the same question twice gets the same answer). Every other call starts anew.
+    What a pipeline says (:meth:`saying`) counts too: calls by other names never meet, and step 0 starts anew.
     So a generation that was broken off, a changed batch, guidance in two calls and pipelines that
     share a module are told apart, and what is not certain is computed.
     """
@@ -62,8 +81,25 @@ class Generations:
         self.correlation = CORRELATION
         self.ascending = False
         self._open: list[Generation] = []
+        self._said = threading.local()
+        self._calls: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._started_in_a_row = 0
+
+    @contextmanager
+    def saying(self, said: Said) -> Iterator[None]:
+        """For the calls of this thread inside, this is what the pipeline says of them."""
+        before = self._now
+        self._said.now = said
+        try:
+            yield
+        finally:
+            self._said.now = before
+
+    @property
+    def _now(self) -> Said:
+        found: Said = getattr(self._said, "now", Said())
+        return found
 
     def of(self, tensors: Mapping[str, Tensor]) -> Generation:
         """The generation of a call, advanced by a step; a new one stands at step 0 and has no state."""
@@ -73,12 +109,20 @@ class Generations:
             self._watch(found)
             if found is None:
                 given = {name: tensors[name].clone() for name in self.loop.conditioning}
-                found = Generation(threading.get_ident(), given)
+                found = Generation(threading.get_ident(), self._now, given)
             else:
                 self._open.remove(found)
-            self._open = [*self._open[-OPEN + 1 :], found]
+            self._keep(found)
             found.advance(sample, timestep)
         return found
+
+    def _keep(self, found: Generation) -> None:
+        """Make ``found`` the latest, and let go of those that are over."""
+        thread = found.thread
+        self._calls[thread] += 1
+        found.used = now = self._calls[thread]
+        kept = [item for item in self._open if item.thread != thread or now - item.used <= RESTED]
+        self._open = [*kept[-OPEN + 1 :], found]
 
     def drop(self, generation: Generation | None = None) -> None:
         """Forget one generation, or all of them."""
@@ -88,7 +132,9 @@ class Generations:
     def _continued(self, tensors: Mapping[str, Tensor], sample: Tensor, timestep: float) -> Generation | None:
         nearest, best = None, -math.inf
         for item in self._open:
-            if item.thread != threading.get_ident() or not self._moved_on(item, timestep):
+            if item.thread != threading.get_ident() or item.said.name != self._now.name:
+                continue
+            if self._now.step == 0 or not self._moved_on(item, timestep):
                 continue
             if not _equal(item.conditioning, tensors) or item.sample is None or item.sample.shape != sample.shape:
                 continue

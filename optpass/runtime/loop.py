@@ -99,13 +99,21 @@ class LoopRunner:
         return outputs
 
     def _check_count(self, generation: Generation) -> None:
-        if self.steps is None and self._policy and self._policy.counts:
+        steps, listed = self._steps(generation), self.loop.schedule
+        if steps is None and self._policy and self._policy.counts:
             raise UserError("this schedule has to know the number of steps: set module.steps to the sampler's")
-        if self.steps is not None and generation.step >= self.steps:
+        if isinstance(listed, Listed) and steps != listed.of:
+            raise UserError(f"the schedule lists which of {listed.of} steps are computed, and does not serve {steps}")
+        if steps is not None and generation.step >= steps:
             raise UserError(
-                f"the schedule was made for {self.steps} steps, and this generation goes on: set module.steps to the "
+                f"the schedule was made for {steps} steps, and this generation goes on: set module.steps to the "
                 "sampler's number"
             )
+
+    def _steps(self, generation: Generation) -> int | None:
+        """The number of steps: as the pipeline says, or as the module was told."""
+        counts = self.steps is not None or self._policy is not None
+        return generation.said.of if counts and generation.said.of is not None else self.steps
 
     def _variant(self, generation: Generation) -> str:
         step, loop = generation.step, self.loop
@@ -118,7 +126,9 @@ class LoopRunner:
         assert self._policy is not None
         if step == 0:
             return loop.computed
-        moment = Moment(step, self.steps, generation.computed, generation.metrics, generation.metrics.get(step, {}))
+        moment = Moment(
+            step, self._steps(generation), generation.computed, generation.metrics, generation.metrics.get(step, {})
+        )
         return loop.computed if self._policy.computes(moment) else loop.reused
 
     def _run(self, entry: str, generation: Generation, available: Mapping[str, Tensor]) -> dict[str, Tensor]:

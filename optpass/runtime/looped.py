@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from optpass.errors import UserError
@@ -10,6 +11,7 @@ from optpass.ir.interface import Interface, call_interface
 from optpass.ir.loop import Listed, Loop
 from optpass.ir.program import Program
 from optpass.pipeline.target import Runner
+from optpass.runtime.generations import Said
 from optpass.runtime.loop import LoopRunner
 from optpass.runtime.module import EngineModule, component_of
 
@@ -36,6 +38,11 @@ class LoopModule(EngineModule):
         runner = LoopRunner(loop, interfaces, runners)
         super().__init__(loop.signature, call.inputs, call.outputs, runner, dimensions=call.dimensions, **origin)
         self._origin = origin
+
+    def cache_context(self, name: str, **facts: Any) -> AbstractContextManager[None]:
+        """What diffusers' pipelines say of their calls: which of a step's it is, which step, of how many."""
+        step, of = facts.get("step_index"), facts.get("num_inference_steps")
+        return self.runner.generations.saying(Said(name, step, of))
 
     def reset(self) -> None:
         """Forget every generation in progress: the next call starts one."""

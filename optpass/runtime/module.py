@@ -105,7 +105,7 @@ class EngineModule(nn.Module):
         yield nn.Parameter(torch.empty(0, dtype=self.dtype, device=self.device), requires_grad=False)
 
     def cache_context(self, name: str, **facts: Any) -> AbstractContextManager[None]:
-        """diffusers' transformers have hooks that tell calls and steps apart by what is given here; engines have none."""
+        """What a pipeline says of the calls inside: nothing that an engine without a loop needs."""
         return nullcontext()
 
     @cached_property

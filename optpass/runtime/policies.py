@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field, field_validator
 
@@ -29,6 +29,9 @@ class Threshold(Policy):
     @property
     def counts(self) -> bool:
         return self.cooldown > 0
+
+    def scaled(self, factor: float) -> Self:
+        return self.model_copy(update={"threshold": self.threshold * factor})
 
     def computes(self, moment: Moment) -> bool:
         last = moment.computed[-1]
@@ -78,6 +81,9 @@ class RateCodebook(Policy):
     @property
     def counts(self) -> bool:
         return True
+
+    def scaled(self, factor: float) -> Self:
+        return self.model_copy(update={"codebook": {key * factor: rate for key, rate in self.codebook.items()}})
 
     def computes(self, moment: Moment) -> bool:
         if moment.of is not None and moment.step >= moment.of - 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from optpass.pipeline.options import Options
 
@@ -36,6 +37,13 @@ class Policy(Options):
     def counts(self) -> bool:
         """Whether it has to know the number of steps."""
         return False
+
+    def scaled(self, factor: float) -> Self | None:
+        """The policy that bears ``factor`` times the change before it computes; ``None`` where none is meant.
+
+        A larger factor reuses at least as much: what calibration turns.
+        """
+        return None
 
     @abstractmethod
     def computes(self, moment: Moment) -> bool:

@@ -32,7 +32,7 @@ SMALL = 1e-6
 
 
 def cache(program: Program, **options: Any) -> tuple[Program, PassRecord]:
-    return run_pass(program, Step("cache-blocks", CacheBlocks(**options)))
+    return run_pass(program, Step("cache-blocks", CacheBlocks.from_options(options, owner="cache-blocks")))
 
 
 class Layer(nn.Module):
@@ -132,7 +132,8 @@ class Plain(nn.Module):
 
 
 def test_declines_with_the_reason(capture_module):
-    assert declined(small(capture_module), every=1) == "with every: 1 every step is computed"
+    assert declined(small(capture_module), every=1) == "every step is computed, so none would reuse"
+    assert declined(small(capture_module), steps=[0, 1], of=2) == "every step is computed, so none would reuse"
     assert declined(small(capture_module), head=3).startswith("the stack has 3 blocks, and the first 3")
     assert declined(small(capture_module), method="threshold", head=0).startswith("a threshold is measured on blocks")
     assert "no stack of blocks holds half" in declined(small(capture_module, PostNorm))
@@ -154,10 +155,30 @@ def test_refuses_what_is_not_there(capture_module):
         cache(program, blocks="1-7")
     with pytest.raises(UserError, match=r"not in a row: layers.1 lies between them"):
         cache(program, blocks="layers.0, layers.2")
-    with pytest.raises(UserError, match="'within' is of fixed intervals"):
+    with pytest.raises(UserError, match="within is no option of method: threshold, which has cooldown"):
         cache(program, method="threshold", within=(0, 500))
+    with pytest.raises(UserError, match="steps and of belong together"):
+        cache(program, steps=[0, 2])
+    with pytest.raises(UserError, match="every and within are another schedule"):
+        cache(program, steps=[0, 2], of=4, within=(0, 500))
     with pytest.raises(UserError, match="no sampling loop"):
         cache(replace(program, loop=None))
+
+
+def test_options_of_a_lock_file_are_taken_back():
+    """A lock file has every option of a pass, those of other methods at their defaults."""
+    for method in ("interval", "threshold", "taylor", "attention"):
+        record = CacheBlocks.from_options({"method": method}, owner="cache-blocks")
+        assert CacheBlocks.from_options(record.as_options(), owner="cache-blocks") == record
+
+
+@pytest.mark.parametrize("method", ["interval", "taylor"])
+def test_listed_steps(method, capture_module):
+    program = small(capture_module)
+    after, _ = cache(program, method=method, steps=[0, 3], of=5)
+    module, inputs = program_module(after), calls(program, [0.1] * 5)
+    found, whole = answers(program, module, inputs), answers(program, program_module(program), inputs)
+    assert [torch.equal(*pair) for pair in zip(found, whole, strict=True)] == [True, False, False, True, False]
 
 
 @pytest.mark.parametrize("blocks", ["1-2", "layers.1 layers.2", "layers.[12]"])
@@ -436,7 +457,7 @@ def test_open_sizes_through_onnx_runtime(method, capture_open, tmp_path):
     program = capture_open(OPEN, example, {"sample": [Span(2, 8), Span(3, 9), 4]})
     program = replace(program, loop=single_step("full", program.entries["full"].signature))
     whole = _engines(program, tmp_path / "whole")
-    after, _ = cache(program, method=method, threshold=0.05)
+    after, _ = cache(program, method=method, **({"threshold": 0.05} if method == "threshold" else {}))
     engines, eager = _engines(after, tmp_path / method), program_module(after)
     for batch, tokens in ((2, 9), (8, 3)):
         sample = torch.randn(batch, tokens, 4)

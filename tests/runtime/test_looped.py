@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -199,6 +200,40 @@ def test_more_steps_than_a_list_is_for_are_refused():
         generation(module, 0, 5, CONTEXT)
     with pytest.raises(UserError, match="which of 4 steps are computed, and does not serve 7"):
         module.steps = 7
+
+
+def test_what_a_pipeline_says_of_its_calls():
+    """diffusers names the calls of a step, and some pipelines number the steps."""
+    program, net = cached()
+    module = looped(program)
+    eager = {name: Eager(net, lambda step: step % 2 == 0) for name in ("cond", "uncond")}
+    sample = torch.randn(2, 4)
+    for index in range(4):
+        time = torch.tensor(900.0 - 100 * index)
+        for name in ("cond", "uncond"):
+            with module.cache_context(name, step_index=index, num_inference_steps=4):
+                assert torch.equal(module(sample, time, CONTEXT), eager[name](sample, time, CONTEXT))
+        sample = sample - 0.01
+    with module.cache_context("cond", step_index=0):
+        assert torch.equal(module(sample, torch.tensor(1.0), CONTEXT), Eager(net, lambda _: True)(sample, 1.0, CONTEXT))
+
+
+def test_a_list_refuses_another_number_of_steps_that_the_pipeline_says():
+    module = looped(cached(Listed((0, 2), of=4))[0])
+    with (
+        module.cache_context("cond", step_index=0, num_inference_steps=9),
+        pytest.raises(UserError, match="which of 4 steps are computed, and does not serve 9"),
+    ):
+        module(torch.randn(2, 4), torch.tensor(900.0), CONTEXT)
+
+
+def test_what_a_finished_generation_kept_is_freed():
+    module = looped(cached()[0])
+    generation(module, 0, 4, CONTEXT)
+    kept = weakref.ref(module.runner.generations._open[0])
+    generation(module, 1, 17, CONTEXT)
+    assert kept() is None
+    assert len(module.runner.generations._open) == 1
 
 
 def test_reset_forgets():
