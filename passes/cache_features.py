@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -13,7 +12,6 @@ from optpass.analysis.boundaries import ancestors, depending_on, module_paths, v
 from optpass.analysis.mac_rules import macs_of
 from optpass.errors import nearest
 from optpass.ir.graph import Graph
-from optpass.ir.interface import Interface
 from optpass.ir.loop import Listed, Loop, Schedule, State, every, past, present
 from optpass.ir.program import Program
 from optpass.ir.weights import Expression
@@ -80,14 +78,18 @@ class CacheFeatures(Pass):
         cut = self._cut(program)
         assert isinstance(cut, Cut)
         context.rewrote(self.cut, entry)
-        reuse, weights = cut.reuse(self.width)
-        entries = {**program.entries, entry: cut.full(), REUSE: reuse}
-        made = replace(program, entries=entries, loop=self._looped(program.loop, cut))
+        full, (reuse, weights) = cut.full(), cut.reuse(self.width)
+        written = {spec.name: spec for spec in full.outputs}
+        states = {name: State.of(name, written[present(name)]) for name in cut.named()}
+        variants = {**program.loop.variants, REUSE: (REUSE,)}
+        loop = replace(
+            program.loop,
+            variants=variants,
+            schedule=self._schedule(tuple(variants)),
+            states={**program.loop.states, **states},
+        )
+        made = replace(program, entries={**program.entries, entry: full, REUSE: reuse}, loop=loop)
         return made.with_weights(weights)
-
-    def _looped(self, loop: Loop, cut: Cut) -> Loop:
-        variants = {**loop.variants, REUSE: (REUSE,)}
-        return replace(loop, variants=variants, schedule=self._schedule(tuple(variants)), states=cut.states(loop))
 
     def _schedule(self, variants: tuple[str, ...]) -> Schedule:
         if self.steps is not None and self.of is not None:
@@ -140,11 +142,6 @@ class Cut:
         if len(self.features) == 1:
             return {FEATURE: self.features[0]}
         return {f"{FEATURE}.{index}": node for index, node in enumerate(self.features)}
-
-    def states(self, loop: Loop) -> Mapping[str, State]:
-        """Those of ``loop`` with one for each feature."""
-        written = {spec.name: spec for spec in Interface.of(self.full()).outputs}
-        return {**loop.states, **{name: State.of(name, written[present(name)]) for name in self.named()}}
 
     def full(self) -> Graph:
         """The step that computes everything and writes the features."""

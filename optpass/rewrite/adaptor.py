@@ -24,7 +24,7 @@ from optpass.analysis.boundaries import ancestors, depending_on
 from optpass.analysis.operators import aten
 from optpass.ir.graph import PATH, Graph, operators, shape_of, value_of
 from optpass.ir.loop import Loop
-from optpass.ir.sizes import is_size
+from optpass.ir.sizes import is_size, named
 from optpass.ir.weights import Constant, Expression
 
 NAME = "adaptor"
@@ -57,7 +57,8 @@ def adaptor_inputs(graph: Graph, loop: Loop, feature: Node, kept: Collection[Nod
     if len(shape) != 4 or not value_of(feature).is_floating_point():
         return f"the resnet adaptor takes images [N, C, H, W], and the feature is {list(shape)}"
     if any(size % 2 != 0 for size in shape[2:]):
-        return f"the resnet adaptor halves the resolution, and {shape[2]}×{shape[3]} is not even"
+        sizes = "×".join(str(named(size, graph.dimensions)) for size in shape[2:])
+        return f"the resnet adaptor halves the resolution, and {sizes} need not be even"
     above = ancestors([feature]) - {feature}
     of_sample, of_time = depending_on(graph, [loop.sample]), depending_on(graph, [loop.timestep])
     fixed = depending_on(graph, loop.conditioning) - of_sample - of_time

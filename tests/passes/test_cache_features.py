@@ -415,6 +415,8 @@ def test_the_efficient_unet_as_published(efficient):
     after, _ = cached(efficient, **BEFORE)
     assert gigaflops(after) == pytest.approx(593.0, rel=0.01)
     assert gigaflops(after, "reuse") == pytest.approx(143.9 - 1.89, rel=0.001)
+    before, cost = (generation_cost(program, 8).flops(attention=False) for program in (efficient, after))
+    assert 1 - cost / before == pytest.approx(0.38, abs=0.005)
 
 
 def test_the_adaptor_as_published(sd15):
