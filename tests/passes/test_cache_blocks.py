@@ -137,7 +137,7 @@ def test_declines_with_the_reason(capture_module):
     assert declined(small(capture_module), steps=[0, 1], of=2) == "every step is computed, so none would reuse"
     assert declined(small(capture_module), head=3).startswith("the stack has 3 blocks, and the first 3")
     assert declined(small(capture_module), method="threshold", head=0).startswith("a threshold is measured on blocks")
-    assert "no stack of blocks holds half" in declined(small(capture_module, PostNorm))
+    assert "normalised between additions (post-norm, at (root))" in declined(small(capture_module, PostNorm))
     assert "there are no blocks" in declined(small(capture_module, Plain))
     assert declined(small(capture_module, Skipping)).startswith("reusing the range spares nothing")
     assert "no attention of these kinds" in declined(small(capture_module), method="attention")
