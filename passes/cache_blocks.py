@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from optpass.analysis.block_ranges import BlockRange, NoRangeError, block_range
 from optpass.analysis.blocks import stacks
+from optpass.analysis.boundaries import depending_on
 from optpass.analysis.mac_rules import macs_of
 from optpass.analysis.residuals import Kind, Residual, Residuals, residuals
 from optpass.ir.graph import Graph, example_shape, operators
@@ -28,7 +29,6 @@ from optpass.rewrite.block_caches import (
     taylor_entries,
     threshold_entries,
 )
-from optpass.rewrite.crossing import dependents
 from optpass.rewrite.shortcuts import NotCarriedError
 from optpass.rewrite.stepping import computed_entry, stepped, unique_name
 
@@ -255,8 +255,7 @@ class _Site:
 
     def dependent(self) -> set[Node]:
         """What depends on the noisy sample now."""
-        inputs = zip(self.graph.signature.inputs, self.graph.placeholders, strict=True)
-        return dependents(self.graph, [node for name, node in inputs if name == self.loop.sample])
+        return depending_on(self.graph, [self.loop.sample])
 
 
 def _always_computes(schedule: Cycle | Listed) -> bool:
