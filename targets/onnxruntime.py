@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -204,6 +205,11 @@ class OnnxRuntime(Target):
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
         # Threads that go on spinning after a call would compete with the pipeline's PyTorch parts.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._providers() == ["CPUExecutionProvider"]:
+            _register_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
+            # What lies in the arena stays there; weights go when their session does.
+            options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         if light:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -219,6 +225,18 @@ class OnnxRuntime(Target):
             )
         gpu = ["CUDAExecutionProvider"] if available and self.providers != "cpu" else []
         return [*gpu, "CPUExecutionProvider"]
+
+
+@cache
+def _register_arena() -> None:
+    """One arena for the activations of all sessions of this process.
+
+    The engines of a loop run one after another; an arena of its own for each would keep the activations of all.
+    """
+    import onnxruntime
+
+    kind, memory = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, onnxruntime.OrtMemType.DEFAULT
+    onnxruntime.create_and_register_allocator(onnxruntime.OrtMemoryInfo("Cpu", kind, 0, memory), None)
 
 
 def _footprint(graph: Graph, weights: WeightStore) -> Footprint:

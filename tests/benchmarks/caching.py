@@ -13,12 +13,13 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from caching_memory import bundles_in_memory
 from caching_page import Row, bounds, page
 from caching_peers import BRANCHES, deepcache, refusals
 from torch import Tensor
@@ -39,43 +40,52 @@ ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "moving-digits"
 PERIODS = (2, 3, 5)
 CUTS = ("up_blocks.2.resnets.0", "up_blocks.1")
-CLIPS: Mapping[int, int] = {20: 20, 50: 10}
+CLIPS: Mapping[int, int] = {20: 16, 50: 8}
 """Clips of each way, by the number of steps."""
 WARMUP_STEPS = 6
 EAGER, DEEPCACHE, PYTORCH, ENGINE = "eager", "DeepCache", "PyTorch", "ONNX Runtime"
+EXACT = ("single-token-attention", "hoist-invariants")
+"""Passes that save work of every step, before the cut."""
 
 
 @dataclass
 class Way:
-    """A pipeline, who caches in it, and what it made so far: clips, and seconds of the loop and of the whole call."""
+    """A pipeline, who caches in it, and what it made so far: clips, seconds of the loop and of the whole call.
+
+    ``program`` is what its UNet was made from, or for a peer the Program that computes the same. ``cpu`` are the
+    process's seconds on a core during the loop, which those of other processes do not lengthen.
+    """
 
     owner: str
     pipeline: ClassToVideoPipeline
+    program: Program
     cut: str = ""
     every: int = 1
-    program: Program | None = None
+    before: Sequence[str] = ()
     clips: list[Tensor] = field(default_factory=list)
     loop: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
 
     def generate(self, index: int, steps: int) -> None:
         """Clip ``index``: digit index mod 10, noise from that seed. The loop ends with its last step's."""
-        ended = 0.0
+        ended = busy = 0.0
 
         def note(*_: Any) -> None:
-            nonlocal ended
-            ended = time.perf_counter()
+            nonlocal ended, busy
+            ended, busy = time.perf_counter(), time.process_time()
 
-        start = time.perf_counter()
+        start, idle = time.perf_counter(), time.process_time()
         found = self.pipeline([index % 10], num_inference_steps=steps, seed=index, callback=note)
         self.whole.append(time.perf_counter() - start)
         self.loop.append(ended - start)
+        self.cpu.append(busy - idle)
         self.clips.append(found.frames)
 
 
-def recipe(cut: str, every: int) -> Any:
-    """An engine of one thread of the UNet, cached at ``cut`` or not at all."""
-    passes = [{"cache-features": {"cut": cut, "every": every}}] if cut else []
+def recipe(cut: str, every: int, before: Sequence[str] = ()) -> Any:
+    """An engine of one thread of the UNet after the passes ``before``, cached at ``cut`` or not at all."""
+    passes = [*before, *([{"cache-features": {"cut": cut, "every": every}}] if cut else [])]
     settings = {"inputs": {"sample": [2, 8, 4, 16, 16]}, "dtype": "float32", "passes": passes}
     return make_recipe({**settings, "target": {"onnxruntime": {"threads": 1}}})
 
@@ -83,23 +93,26 @@ def recipe(cut: str, every: int) -> Any:
 def ways(folder: Path) -> Iterator[Way]:
     """Uncached: the eager module, the captured Program in PyTorch, its engine. Then each with every cut and period."""
     original = capture(CHECKPOINT, inputs={"sample": (2, 8, 4, 16, 16)}, dtype=torch.float32)
-    yield Way(EAGER, _pipeline())
-    yield from _ours(original, folder, "", 1)
+    yield Way(EAGER, _pipeline(), original)
+    yield Way(PYTORCH, _pipeline(program_module(original)), original)
+    yield _engine(original, folder, "", 1)
     for cut in CUTS:
         for every in PERIODS:
-            peer = Way(DEEPCACHE, _pipeline(), cut, every)
+            engine = _engine(original, folder, cut, every)
+            peer = Way(DEEPCACHE, _pipeline(), engine.program, cut, every)
             deepcache(peer.pipeline, cut, every)
-            yield peer
-            yield from _ours(original, folder, cut, every)
+            yield from (peer, engine)
+            yield Way(PYTORCH, _pipeline(program_module(engine.program)), engine.program, cut, every)
+    for every in PERIODS:
+        yield _engine(original, folder, CUTS[-1], every, EXACT)
 
 
-def _ours(original: Program, folder: Path, cut: str, every: int) -> Iterator[Way]:
-    made = recipe(cut, every)
+def _engine(original: Program, folder: Path, cut: str, every: int, before: Sequence[str] = ()) -> Way:
+    made = recipe(cut, every, before)
     program, _ = run_passes(original, made.steps)
-    yield Way(PYTORCH, _pipeline(program_module(program)), cut, every, program)
-    out = folder / f"{cut or 'uncached'}-{every}"
+    out = folder / "-".join((*before, cut or "uncached", str(every)))
     apply(made, Request(str(CHECKPOINT), out, verify="never", baseline=False, samples=0))
-    yield Way(ENGINE, _pipeline(load(out)), cut, every, program)
+    return Way(ENGINE, _pipeline(load(out)), program, cut, every, before)
 
 
 def _pipeline(unet: Any = None) -> ClassToVideoPipeline:
@@ -113,7 +126,8 @@ def measured(all_ways: list[Way], steps: int, clips: int) -> list[Row]:
     evaluator = Evaluator.load(CHECKPOINT / "evaluator")
     for way in all_ways:
         way.generate(0, WARMUP_STEPS)
-        way.clips, way.loop, way.whole = [], [], []
+        for made in (way.clips, way.loop, way.cpu, way.whole):
+            made.clear()
     for index in range(clips):
         for way in all_ways:
             way.generate(index, steps)
@@ -126,35 +140,28 @@ def _row(way: Way, all_ways: list[Way], steps: int, evaluator: Evaluator) -> Row
     owner = EAGER if way.owner == DEEPCACHE else way.owner
     own = next(other for other in all_ways if other.owner == owner and other.every == 1)
     eager = next(other for other in all_ways if other.owner == EAGER)
-    ours = next(other for other in all_ways if other.owner == PYTORCH and (other.cut, other.every) == _at(way))
-    plain = next(other for other in all_ways if other.owner == PYTORCH and other.every == 1)
-    assert ours.program is not None
-    assert plain.program is not None
-    macs = [generation_cost(each.program, steps).macs for each in (plain, ours) if each.program]
     frames, reference = torch.cat(way.clips), torch.cat(own.clips)
     labels = torch.arange(len(way.clips)) % 10
     quality = evaluator.measure(frames, labels)
     return Row(
-        owner=way.owner,
+        owner=" + ".join((way.owner, *way.before)),
         cut=way.cut,
         branch=BRANCHES.get(way.cut),
         every=way.every,
         steps=steps,
         seconds=way.loop,
+        cpu=way.cpu,
         whole=way.whole,
         own=own.loop,
+        own_cpu=own.cpu,
         own_whole=own.whole,
         eager=eager.loop,
-        macs=macs[0] / macs[1],
+        macs=generation_cost(own.program, steps).macs / generation_cost(way.program, steps).macs,
         psnr=psnr(frames, reference),
         error=float((frames - reference).norm() / reference.norm()),
         accuracy=quality.frame_accuracy,
         distance=quality.frechet_distance,
     )
-
-
-def _at(way: Way) -> tuple[str, int]:
-    return way.cut, way.every
 
 
 def main() -> int:
@@ -169,8 +176,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="optpass-bench-") as home:
         everyone = list(ways(Path(home)))
         rows = [row for steps in arguments.steps for row in measured(everyone, steps, _clips(steps, arguments.clips))]
+    with tempfile.TemporaryDirectory(prefix="optpass-bench-") as home:
+        memory = bundles_in_memory(Path(home))
     verdict = bounds(rows)
-    text = page(rows, refusals(_pipeline), verdict)
+    text = page(rows, memory, refusals(_pipeline), verdict)
     print(text)
     if arguments.out:
         arguments.out.write_text(f"{text}\n", "utf-8")

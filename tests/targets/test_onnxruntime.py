@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 
 from optpass.capture.export import build_fake, export_program
 from optpass.errors import MissingValuesError, UserError, WeightError
+from optpass.evaluate.difference import random_inputs
 from optpass.ir.hashing import HashedFile, file_digest
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Constant, Expression, Shape, WeightStore
@@ -180,6 +182,23 @@ def test_session_options_arrive_in_onnx_runtime(lowered: Any) -> None:
     assert options.graph_optimization_level.name == "ORT_ENABLE_BASIC"
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     assert session.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_engines_of_a_process_share_an_arena_and_nothing_else(lowered: Any) -> None:
+    """Answers that are still held are not written over by the other engine, nor from another thread."""
+    engines = [lowered(name) for name in ("resnet", "transformer")]
+    options = OnnxRuntime()._session(engines[0][0] / engines[0][1].main).get_session_options()
+    assert options.get_session_config_entry("session.use_env_allocators") == "1"
+    runners = [runner(folder, entry) for folder, entry in engines]
+    inputs = [random_inputs([spec.at({}) for spec in entry.inputs], {}, 1) for _, entry in engines]
+    expected = [
+        {name: value.clone() for name, value in run(given).items()} for run, given in zip(runners, inputs, strict=True)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(runners[index % 2], inputs[index % 2]) for index in range(12)]
+    for index, answer in enumerate(answers):
+        for name, value in answer.result().items():
+            assert torch.equal(value, expected[index % 2][name])
 
 
 def test_half_precision_weights_run(tmp_path: Path) -> None:
