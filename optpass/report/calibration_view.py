@@ -61,8 +61,8 @@ def calibration_view(report: Mapping[str, Any]) -> CalibrationView | None:
     width = 100 / steps
     return CalibrationView(
         _words(record, steps),
-        f"bar: ‖r − r′‖₁ / ‖r‖₁ of what a block adds (r), against the step before; log scale, {SMALLEST:g} to {top:.2g};"
-        " shaded: computed steps",
+        "bar: ‖r − r′‖₁ / ‖r‖₁ of what a block adds (r), against the step before;"
+        f" log scale, {SMALLEST:g} to {top:.2g}; shaded: computed steps",
         tuple(Bar(step * width, width, share) for step, share in enumerate(shares[:steps]) if share),
         tuple(_strip(name, values, width, top) for name, values in rows.items() if values),
     )
