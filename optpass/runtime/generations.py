@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ CORRELATION = 0.3
 """Cosine below which two samples are not of one generation. Noises of a thousand elements stay under 0.1."""
 OPEN = 8
 """Generations of one module that are kept; the one that rested longest goes first."""
+RESTED = 16
+"""Calls of its thread after which a generation that none of them went on with is over, and what it kept is freed."""
 SUSPICIOUS = 4
 """Calls in a row that each start a generation, after which the log says why nothing is reused."""
 
@@ -46,6 +49,7 @@ class Generation:
     said: Said
     conditioning: Mapping[str, Tensor]
     step: int = -1
+    used: int = 0
     timestep: float = math.inf
     sample: Tensor | None = None
     states: dict[str, Tensor] = field(default_factory=dict)
@@ -78,6 +82,7 @@ class Generations:
         self.ascending = False
         self._open: list[Generation] = []
         self._said = threading.local()
+        self._calls: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._started_in_a_row = 0
 
@@ -107,9 +112,17 @@ class Generations:
                 found = Generation(threading.get_ident(), self._now, given)
             else:
                 self._open.remove(found)
-            self._open = [*self._open[-OPEN + 1 :], found]
+            self._keep(found)
             found.advance(sample, timestep)
         return found
+
+    def _keep(self, found: Generation) -> None:
+        """Make ``found`` the latest, and let go of those that are over."""
+        thread = found.thread
+        self._calls[thread] += 1
+        found.used = now = self._calls[thread]
+        kept = [item for item in self._open if item.thread != thread or now - item.used <= RESTED]
+        self._open = [*kept[-OPEN + 1 :], found]
 
     def drop(self, generation: Generation | None = None) -> None:
         """Forget one generation, or all of them."""

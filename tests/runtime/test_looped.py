@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -224,6 +225,15 @@ def test_a_list_refuses_another_number_of_steps_that_the_pipeline_says():
         pytest.raises(UserError, match="which of 4 steps are computed, and does not serve 9"),
     ):
         module(torch.randn(2, 4), torch.tensor(900.0), CONTEXT)
+
+
+def test_what_a_finished_generation_kept_is_freed():
+    module = looped(cached()[0])
+    generation(module, 0, 4, CONTEXT)
+    kept = weakref.ref(module.runner.generations._open[0])
+    generation(module, 1, 17, CONTEXT)
+    assert kept() is None
+    assert len(module.runner.generations._open) == 1
 
 
 def test_reset_forgets():
