@@ -78,9 +78,9 @@ def hoist() -> str:
         [
             "# What hoist-invariants saves",
             "",
-            "Structure only: MACs of a generation (attention included, guidance as one batch of two where the model has",
-            "it), parameters that a step reads, what is kept for a generation, and what the table of all its timesteps",
-            "takes (in the dtype of the config, float32). The first generation after loading; later ones find the table.",
+            "Structure only, float32: MACs of a generation (attention included, guidance as one batch of two where the",
+            "model has it), parameters that a step reads, what is kept for a generation, and what the table of all its",
+            "timesteps takes. That of the first generation after loading; later ones find the table.",
             "",
             "| model | steps | TMAC a generation | saved | parameters a step reads, M | kept, MB | table, MB |",
             "|---|---|---|---|---|---|---|",

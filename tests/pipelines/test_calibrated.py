@@ -19,6 +19,7 @@ from optpass.evaluate.calibration import Calibration, Request
 from optpass.ir.loop import Adaptive, Listed
 from optpass.ir.program import Program
 from optpass.ir.text import program_text
+from optpass.ir.weights import Absent, WeightStore
 from optpass.passes import calibrate_cache
 from optpass.passes.cache_blocks import CacheBlocks
 from optpass.passes.calibrate_cache import CalibrateCache
@@ -102,6 +103,10 @@ def test_what_was_chosen_replays_without_samples(captured: Program, monkeypatch:
     options = yaml.safe_load(yaml.safe_dump(record.record.as_options()))
     again, replayed = run_pass(program, Step("calibrate-cache", CalibrateCache.from_options(options, owner="test")))
     assert program_text(again) == program_text(after)
+    # Nor are weights.
+    bare = replace(program, weights=WeightStore({n: Absent(n, e.shape, e.dtype) for n, e in program.weights.items()}))
+    structure, _ = run_pass(bare, Step("calibrate-cache", CalibrateCache.from_options(options, owner="test")))
+    assert structure.loop == after.loop
     assert replayed.facts == {}
     _, second = run_pass(after, Step("calibrate-cache", CalibrateCache.from_options(options, owner="test")))
     assert not second.modified
