@@ -143,6 +143,8 @@ class CacheBlocks(Pass):
         if self.method == "threshold" and not span.before:
             raise NoRangeError("a threshold is measured on blocks in front of the range, and there are none")
         changes = stream_changes(site.graph, span, site.by_add, site.states)
+        if not changes:
+            raise NoRangeError("nothing behind the range reads its streams")
         made = {"interval": self._interval, "taylor": self._taylor, "threshold": self._threshold}[self.method]
         after = made(site, span, changes)
         if _macs(after, REUSE) >= _macs(after, FULL):
