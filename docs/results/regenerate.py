@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adapters_table import adapters
+from clockwork_table import clockwork
 from hoist_table import hoist
 from models_table import FAMILIES, models
 
@@ -137,6 +138,7 @@ def main(names: Sequence[str]) -> None:
         "moving-digits": moving_digits,
         "adapters": partial(adapters, optpass),
         "reparameterize": reparameterized,
+        "clockwork": partial(clockwork, optpass, ROOT),
         "hoist-invariants": hoist,
         "models": partial(models, optpass, table),
     }
