@@ -26,7 +26,7 @@ def clockwork(optpass: Callable[..., Any], root: Path) -> str:
     ]
     text = f"""# Clockwork on SD 1.5's configuration, structure only
 
-GFLOP (2·MAC) of a step of the UNet at 64 × 64 latents, batch 1, and the share of {STEPS} steps of which every second one
+GFLOP (2·MAC) of a step of the UNet at 64 × 64 latents, batch 1, and the share of {STEPS} steps, every second of which
 is full. As the paper's counter does, products inside attention are left out. Published: Habibian et al., CVPR 2024,
 Tables 1 and 3 and Figure 8; the count of the cut after the upsampler follows from the paper's blocks, the cut is that
 of the released code. There the first level's downsampler runs in a step that reuses, and nothing reads what it makes;
