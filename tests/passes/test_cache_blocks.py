@@ -132,6 +132,12 @@ class Plain(nn.Module):
         return sample * timestep
 
 
+class Attending(nn.Module):
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        q = (sample * timestep).unsqueeze(1)
+        return functional.scaled_dot_product_attention(q, q, q).squeeze(1)
+
+
 def test_declines_with_the_reason(capture_module):
     assert declined(small(capture_module), every=1) == "every step is computed, so none would reuse"
     assert declined(small(capture_module), steps=[0, 1], of=2) == "every step is computed, so none would reuse"
@@ -141,6 +147,12 @@ def test_declines_with_the_reason(capture_module):
     assert "there are no blocks" in declined(small(capture_module, Plain))
     assert declined(small(capture_module, Skipping)).startswith("reusing the range spares nothing")
     assert "no attention of these kinds" in declined(small(capture_module), method="attention")
+    _, record = cache(small(capture_module, Attending), method="attention")
+    assert not record.modified
+    assert [item.reason.split(" residual")[0] for item in record.declined] == [
+        "its result is not added to a",
+        "no attention of these kinds is added to a",
+    ]
 
 
 def test_a_second_run_changes_nothing(capture_module):
