@@ -310,6 +310,25 @@ def test_interval_is_what_hooks_give(name, models):
 def test_reuse_with_the_same_steps_state_is_the_full_step(name, method, models):
     program, _ = models(name)
     after, _ = cache(program, method=method)
+    assert_steps_agree(program, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Flux.1", "SD 3.5 medium", "HunyuanVideo", "CogVideoX 2B"])
+def test_every_range(name, models):
+    """From any block to any other, out of two streams and into the one that they become."""
+    program, _ = models(name)
+    count = 6 if name in ("Flux.1", "HunyuanVideo") else 3
+    for first in range(1, count):
+        for last in range(first, count):
+            for method in ("interval", "threshold"):
+                after, record = cache(program, method=method, blocks=f"{first}-{last}")
+                assert record.modified
+                assert_steps_agree(program, after)
+
+
+def assert_steps_agree(program: Program, after: Program) -> None:
+    """A computed step is the model's to the bit; one that reuses what the same step computed, to rounding."""
     assert after.loop is not None
     [inputs] = calls(program, [0.0])
     runners = program_runners(after)
