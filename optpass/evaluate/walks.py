@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from optpass.evaluate.difference import random_inputs, trial_inputs, trial_specs
+from optpass.evaluate.trials import random_inputs, trial_inputs, trial_specs
 from optpass.ir.graph import FixedSpec
 from optpass.ir.interface import Interface
 from optpass.ir.loop import Adaptive, Cycle, Listed, Loop

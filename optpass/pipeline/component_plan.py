@@ -38,9 +38,10 @@ from typing import Any, Literal
 from optpass.analysis.cost import Cost, measure
 from optpass.analysis.evaluation import file_leaves, held_bytes, read_bytes
 from optpass.errors import UserError
-from optpass.evaluate.difference import TRIALS, elements, program_calls, trial_specs
+from optpass.evaluate.difference import TRIALS, program_calls
 from optpass.evaluate.latency import RUNS, WARMUP
 from optpass.evaluate.metrics import NUMERIC
+from optpass.evaluate.trials import elements, trial_specs
 from optpass.evaluate.walks import compared_calls, timed_length
 from optpass.evaluate.widened import widened
 from optpass.ir.loop import Loop

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from optpass.capture.spans import Span
 from optpass.errors import UserError
-from optpass.evaluate.difference import program_runners, random_inputs
+from optpass.evaluate.difference import program_runners
+from optpass.evaluate.trials import random_inputs
 from optpass.ir.interface import call_interface
 from optpass.ir.loop import Adaptive, single_step
 from optpass.ir.program import InputRange, Origin, Program
