@@ -11,6 +11,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch.fx import Node
 
+from optpass.analysis.attention import attention_products
 from optpass.analysis.block_ranges import BlockRange, NoRangeError, block_range
 from optpass.analysis.blocks import stacks
 from optpass.analysis.boundaries import depending_on
@@ -77,8 +78,8 @@ class CacheBlocks(Pass):
 
     Sources: DeepCache's interval (Ma et al., arXiv 2312.00858) on residuals, as Δ-DiT (arXiv 2406.01125); first-block
     caching: ParaAttention and diffusers' FirstBlockCache, whose metric is over the image stream of the first block;
-    TaylorSeer (Liu et al., arXiv 2503.06923), equation 4, finite differences over the steps between computed ones as in
-    diffusers' TaylorSeerCache; PAB (Zhao et al., arXiv 2408.12588), section 3.2, with the residual after the gate.
+    TaylorSeer (Liu et al., arXiv 2503.06923), with differences per step between computed ones as in diffusers'
+    TaylorSeerCache; PAB (Zhao et al., arXiv 2408.12588), with the residual after the gate.
     """
 
     method: Literal["interval", "threshold", "taylor", "attention"] = Field(
@@ -227,6 +228,11 @@ class CacheBlocks(Pass):
                     context.decline(residual.branch_path, f"outside of the blocks {self.blocks!r}", site.entry)
                 else:
                     chosen.append(residual)
+        added = {node for residual in site.found.found for node in residual.nodes}
+        alone = attention_products(site.graph) & site.sampled - added
+        for node in site.graph.calls:
+            if node in alone:
+                context.decline(node, "its result is not added to a residual stream", site.entry)
         return chosen
 
 

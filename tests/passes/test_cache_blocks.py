@@ -133,6 +133,12 @@ class Plain(nn.Module):
         return sample * timestep
 
 
+class Attending(nn.Module):
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        q = (sample * timestep).unsqueeze(1)
+        return functional.scaled_dot_product_attention(q, q, q).squeeze(1)
+
+
 def test_declines_with_the_reason(capture_module):
     assert declined(small(capture_module), every=1) == "every step is computed, so none would reuse"
     assert declined(small(capture_module), steps=[0, 1], of=2) == "every step is computed, so none would reuse"
@@ -142,6 +148,12 @@ def test_declines_with_the_reason(capture_module):
     assert "there are no blocks" in declined(small(capture_module, Plain))
     assert declined(small(capture_module, Skipping)).startswith("reusing the range spares nothing")
     assert "no attention of these kinds" in declined(small(capture_module), method="attention")
+    _, record = cache(small(capture_module, Attending), method="attention")
+    assert not record.modified
+    assert [item.reason.split(" residual")[0] for item in record.declined] == [
+        "its result is not added to a",
+        "no attention of these kinds is added to a",
+    ]
 
 
 def test_a_second_run_changes_nothing(capture_module):
@@ -299,6 +311,25 @@ def test_interval_is_what_hooks_give(name, models):
 def test_reuse_with_the_same_steps_state_is_the_full_step(name, method, models):
     program, _ = models(name)
     after, _ = cache(program, method=method)
+    assert_steps_agree(program, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Flux.1", "SD 3.5 medium", "HunyuanVideo", "CogVideoX 2B"])
+def test_every_range(name, models):
+    """From any block to any other, out of two streams and into the one that they become."""
+    program, _ = models(name)
+    count = 6 if name in ("Flux.1", "HunyuanVideo") else 3
+    for first in range(1, count):
+        for last in range(first, count):
+            for method in ("interval", "threshold"):
+                after, record = cache(program, method=method, blocks=f"{first}-{last}")
+                assert record.modified
+                assert_steps_agree(program, after)
+
+
+def assert_steps_agree(program: Program, after: Program) -> None:
+    """A computed step is the model's to the bit; one that reuses what the same step computed, to rounding."""
     assert after.loop is not None
     [inputs] = calls(program, [0.0])
     runners = program_runners(after)
