@@ -10,7 +10,7 @@ from torch import Tensor
 from optpass.evaluate.trials import random_inputs, trial_inputs, trial_specs
 from optpass.ir.graph import FixedSpec
 from optpass.ir.interface import Interface
-from optpass.ir.loop import Adaptive, Cycle, Listed, Loop
+from optpass.ir.loop import Adaptive, Cycle, Loop
 from optpass.ir.program import InputRange
 
 STRIDE = 0.1
@@ -78,6 +78,7 @@ def timed_calls(
     """
     if loop is None or loop.stateless:
         return [random_inputs(call.inputs_at(), ranges, seed)]
-    each = period(loop)
-    periods = -(-UNCOUNTED // each) if loop.once or loop.tables else 1
-    return walk(loop, call.inputs_at(), ranges, seed, each if isinstance(loop.schedule, Listed) else periods * each)
+    calls = period(loop)
+    if isinstance(loop.schedule, Cycle) and (loop.once or loop.tables):
+        calls *= -(-UNCOUNTED // calls)
+    return walk(loop, call.inputs_at(), ranges, seed, calls)

@@ -21,8 +21,10 @@ from optpass.ir.program import Program
 from optpass.ir.text import program_text
 from optpass.ir.weights import Absent, WeightStore
 from optpass.passes import calibrate_cache
+from optpass.passes.cache_adaptive import CacheAdaptive
 from optpass.passes.cache_blocks import CacheBlocks
 from optpass.passes.calibrate_cache import CalibrateCache
+from optpass.passes.hoist_invariants import HoistInvariants
 from optpass.pipeline.manager import PassRecord, run_pass
 from optpass.pipeline.recipe import Step
 from optpass.runtime.sampling import Asked
@@ -139,6 +141,33 @@ def test_a_threshold_is_scaled(captured: Program) -> None:
     assert told["speedup"] >= 1.15
     assert sum(told["computed"]) < STEPS
     assert told["computed"][0] == 1.0
+
+
+def test_a_codebook_is_scaled(captured: Program) -> None:
+    options: dict[str, Any] = {"codebook": {0.05: 4, 0.1: 2, 1.0: 1}}
+    program, _ = run_pass(captured, Step("cache-adaptive", CacheAdaptive(**options)))
+    after, record = calibrated(program, speedup=1.1, steps=10)
+    assert after.loop is not None
+    assert isinstance(after.loop.schedule, Adaptive)
+    book = {float(key): rate for key, rate in after.loop.schedule.options["codebook"].items()}
+    assert list(book.values()) == [4, 2, 1]
+    first, second, third = book
+    assert (second / first, third / first) == (pytest.approx(2), pytest.approx(20))
+    told = record.facts["calibration"]
+    assert told["speedup"] >= 1.1
+    # The first two and the last two are always computed.
+    assert [told["computed"][step] for step in (0, 1, 8, 9)] == [1.0] * 4
+    assert sum(told["computed"]) < 10
+
+
+def test_calibrates_what_was_hoisted(captured: Program) -> None:
+    """States that stay the same are none of those that a step reuses: the same steps are chosen."""
+    plain, _ = calibrated(cached(captured), speedup=1.2)
+    hoisted, _ = run_pass(cached(captured), Step("hoist-invariants", HoistInvariants()))
+    after, _ = calibrated(hoisted, speedup=1.2)
+    assert plain.loop is not None
+    assert after.loop is not None
+    assert after.loop.schedule == plain.loop.schedule
 
 
 def test_budgets_out_of_reach(captured: Program) -> None:
