@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from optpass.analysis.block_ranges import BlockRange, NoRangeError, block_range
 from optpass.analysis.blocks import stacks
+from optpass.analysis.boundaries import depending_on
 from optpass.analysis.module_paths import matches
 from optpass.analysis.residuals import Residual, residuals
 from optpass.errors import UserError, nearest
@@ -21,7 +22,6 @@ from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context, Pass
 from optpass.rewrite.block_caches import interval_entries, stream_changes
 from optpass.rewrite.change_metrics import mean, motion, relative_change
-from optpass.rewrite.crossing import dependents
 from optpass.rewrite.shortcuts import NotCarriedError
 from optpass.rewrite.stepping import computed_entry, stepped, unique_name
 from optpass.runtime.policies import CHANGE, MOTION, RateCodebook
@@ -95,8 +95,7 @@ class CacheAdaptive(Pass):
     def _split(self, program: Program, loop: Loop, entry: str) -> tuple[Program, BlockRange]:
         graph = program.entries[entry]
         found = residuals(graph)
-        inputs = zip(graph.signature.inputs, graph.placeholders, strict=True)
-        sampled = dependents(graph, [node for name, node in inputs if name == loop.sample])
+        sampled = depending_on(graph, [loop.sample])
         span = block_range(graph, stacks(graph, found), sampled, self.blocks, 0)
         measured = self._measured(span)
         by_add = {residual.add: residual for residual in found.found}

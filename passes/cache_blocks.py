@@ -11,8 +11,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch.fx import Node
 
+from optpass.analysis.attention import attention_products
 from optpass.analysis.block_ranges import BlockRange, NoRangeError, block_range
 from optpass.analysis.blocks import stacks
+from optpass.analysis.boundaries import depending_on
 from optpass.analysis.mac_rules import macs_of
 from optpass.analysis.residuals import Kind, Residual, Residuals, residuals
 from optpass.ir.graph import Graph, example_shape, operators
@@ -28,7 +30,6 @@ from optpass.rewrite.block_caches import (
     taylor_entries,
     threshold_entries,
 )
-from optpass.rewrite.crossing import dependents
 from optpass.rewrite.shortcuts import NotCarriedError
 from optpass.rewrite.stepping import computed_entry, stepped, unique_name
 
@@ -77,8 +78,8 @@ class CacheBlocks(Pass):
 
     Sources: DeepCache's interval (Ma et al., arXiv 2312.00858) on residuals, as Δ-DiT (arXiv 2406.01125); first-block
     caching: ParaAttention and diffusers' FirstBlockCache, whose metric is over the image stream of the first block;
-    TaylorSeer (Liu et al., arXiv 2503.06923), equation 4, finite differences over the steps between computed ones as in
-    diffusers' TaylorSeerCache; PAB (Zhao et al., arXiv 2408.12588), section 3.2, with the residual after the gate.
+    TaylorSeer (Liu et al., arXiv 2503.06923), with differences per step between computed ones as in diffusers'
+    TaylorSeerCache; PAB (Zhao et al., arXiv 2408.12588), with the residual after the gate.
     """
 
     method: Literal["interval", "threshold", "taylor", "attention"] = Field(
@@ -143,6 +144,8 @@ class CacheBlocks(Pass):
         if self.method == "threshold" and not span.before:
             raise NoRangeError("a threshold is measured on blocks in front of the range, and there are none")
         changes = stream_changes(site.graph, span, site.by_add, site.states)
+        if not changes:
+            raise NoRangeError("nothing behind the range reads its streams")
         made = {"interval": self._interval, "taylor": self._taylor, "threshold": self._threshold}[self.method]
         after = made(site, span, changes)
         if _macs(after, REUSE) >= _macs(after, FULL):
@@ -225,6 +228,11 @@ class CacheBlocks(Pass):
                     context.decline(residual.branch_path, f"outside of the blocks {self.blocks!r}", site.entry)
                 else:
                     chosen.append(residual)
+        added = {node for residual in site.found.found for node in residual.nodes}
+        alone = attention_products(site.graph) & site.sampled - added
+        for node in site.graph.calls:
+            if node in alone:
+                context.decline(node, "its result is not added to a residual stream", site.entry)
         return chosen
 
 
@@ -255,8 +263,7 @@ class _Site:
 
     def dependent(self) -> set[Node]:
         """What depends on the noisy sample now."""
-        inputs = zip(self.graph.signature.inputs, self.graph.placeholders, strict=True)
-        return dependents(self.graph, [node for name, node in inputs if name == self.loop.sample])
+        return depending_on(self.graph, [self.loop.sample])
 
 
 def _always_computes(schedule: Cycle | Listed) -> bool:

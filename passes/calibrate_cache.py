@@ -75,6 +75,10 @@ class CalibrateCache(Pass):
             raise ValueError("give one budget: speedup or psnr")
         return self
 
+    @property
+    def executing(self) -> bool:
+        return self.schedule is None
+
     def requires(self, program: Program) -> list[str]:
         if program.loop is None or len(program.loop.variants) == 1:
             return ["no step reuses anything: run a caching pass before it"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Literal
 
 from pydantic import Field
@@ -66,17 +67,21 @@ class HoistInvariants(Pass):
         found = invariants(whole, constant, loop.timestep, largest=self.largest)
         timed = found.timed if self.timesteps == "table" else []
         owners = _Owners(names, places)
-        for item in (*found.refused, *self._refused_timed(found.timed, found.refused_timed)):
+        refused = (*found.refused, *self._refused_timed(found.timed, found.refused_timed))
+        for item in refused:
             context.decline(item.node, item.reason, owners.of(item.node))
-        if not found.constant and not timed:
+        values = (*found.constant, *timed)
+        if not values:
+            if not refused:
+                context.decline("(root)", "no step computes what another one has, beyond what costs nothing", names[0])
             return program
-        kept = dict(zip(_state_names((*found.constant, *timed), loop), (*found.constant, *timed), strict=True))
+        kept = dict(zip(_state_names(values, loop), values, strict=True))
         for node in kept.values():
             context.rewrote(_maker(node), owners.of(node))
         changed = {name: _reading(graph, place, kept) for name, graph, place in zip(names, steps, places, strict=True)}
         _drop_unread(changed, program)
         _read_sizes(whole, found.dependence)
-        fixed = {name: node for name, node in kept.items() if node in set(found.constant)}
+        fixed = dict(islice(kept.items(), len(found.constant)))
         once = _writing(whole, fixed, {})
         tables = _writing(whole, {name: node for name, node in kept.items() if name not in fixed}, fixed)
         return _with_hoisted(program, changed, {PREPARE: once} if once else {}, {EMBED: tables} if tables else {})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from optpass.capture.export import build_fake, export_program
 from optpass.capture.inputs import Input, Inputs
 from optpass.capture.spans import Span
-from optpass.evaluate.difference import random_inputs
+from optpass.evaluate.trials import random_inputs
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Constant
 from optpass.testing import capture_module, randomised

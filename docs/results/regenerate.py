@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adapters_table import adapters
+from clockwork_table import clockwork
+from hoist_table import hoist
 from models_table import FAMILIES, models
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +138,8 @@ def main(names: Sequence[str]) -> None:
         "moving-digits": moving_digits,
         "adapters": partial(adapters, optpass),
         "reparameterize": reparameterized,
+        "clockwork": partial(clockwork, optpass, ROOT),
+        "hoist-invariants": hoist,
         "models": partial(models, optpass, table),
     }
     parts = {f"models-{family}": partial(models, optpass, table, (family,)) for family in FAMILIES}

@@ -11,11 +11,13 @@ from torch.fx import Node
 from optpass.analysis.blocks import Block, Stack
 from optpass.analysis.mac_rules import macs_of
 from optpass.analysis.module_paths import matches
+from optpass.analysis.operators import aten
 from optpass.errors import UserError, nearest
-from optpass.ir.graph import Graph, operators
+from optpass.ir.graph import Graph, operators, path_of
 
 SHARE = 0.5
 """Part of a graph's products that a stack holds at least, to be the one that is meant without a name."""
+NORMALISATIONS = (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default)
 NUMBERS = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
 
 
@@ -74,11 +76,23 @@ def _main(graph: Graph, rows: Sequence[tuple[Block, ...]]) -> tuple[Block, ...]:
         raise NoRangeError("nothing is added to a residual stream: there are no blocks")
     total, macs = sum(map(macs_of, operators(graph))), Stack(rows[0]).macs
     if macs < SHARE * total:
+        if norm := _norm_between(rows):
+            raise NoRangeError(
+                f"the stream is normalised between additions (post-norm, at {path_of(norm)}), so that what leaves a "
+                "block is not what entered it and a residual"
+            )
         raise NoRangeError(
             f"no stack of blocks holds half of the model's products (from {rows[0][0].path}: {macs / total:.0%}); "
             "name blocks, or cut the model at a module with cache-features"
         )
     return rows[0]
+
+
+def _norm_between(rows: Sequence[tuple[Block, ...]]) -> Node | None:
+    """A normalisation that ends one row and begins another."""
+    ends = {value for row in rows for value in row[-1].leaving}
+    heads = (value for row in rows for value in row[0].entering)
+    return next((head for head in heads if head.target in NORMALISATIONS and head.args[0] in ends), None)
 
 
 def _numbered(row: tuple[Block, ...], first: int, last: int) -> BlockRange:
@@ -100,4 +114,4 @@ def _matching(rows: Sequence[tuple[Block, ...]], patterns: Sequence[str]) -> Blo
 
 
 def _is_named(block: Block, patterns: Sequence[str]) -> bool:
-    return all(matches(path, patterns) for path in block.path.split("+"))
+    return any(matches(path, patterns) for path in block.path.split("+"))

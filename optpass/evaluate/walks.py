@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from optpass.evaluate.difference import random_inputs, trial_inputs, trial_specs
+from optpass.evaluate.trials import random_inputs, trial_inputs, trial_specs
 from optpass.ir.graph import FixedSpec
 from optpass.ir.interface import Interface
 from optpass.ir.loop import Adaptive, Cycle, Loop
@@ -72,7 +72,13 @@ def call_trials(
 def timed_calls(
     call: Interface, ranges: Mapping[str, InputRange], seed: int, *, loop: Loop | None = None
 ) -> list[dict[str, Tensor]]:
-    """What a latency is taken of: one random call, or of a loop a walk through a period of its schedule."""
+    """What a latency is taken of: one random call, or of a loop a walk through a period of its schedule.
+
+    What runs once a generation would be in every call of a walk of one: then there are :data:`UNCOUNTED` at least.
+    """
     if loop is None or loop.stateless:
         return [random_inputs(call.inputs_at(), ranges, seed)]
-    return walk(loop, call.inputs_at(), ranges, seed, period(loop))
+    calls = period(loop)
+    if isinstance(loop.schedule, Cycle) and (loop.once or loop.tables):
+        calls *= -(-UNCOUNTED // calls)
+    return walk(loop, call.inputs_at(), ranges, seed, calls)

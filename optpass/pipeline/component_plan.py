@@ -38,9 +38,10 @@ from typing import Any, Literal
 from optpass.analysis.cost import Cost, measure
 from optpass.analysis.evaluation import file_leaves, held_bytes, read_bytes
 from optpass.errors import UserError
-from optpass.evaluate.difference import TRIALS, elements, program_calls, trial_specs
+from optpass.evaluate.difference import TRIALS, program_calls
 from optpass.evaluate.latency import RUNS, WARMUP
 from optpass.evaluate.metrics import NUMERIC
+from optpass.evaluate.trials import elements, trial_specs
 from optpass.evaluate.walks import compared_calls, timed_length
 from optpass.evaluate.widened import widened
 from optpass.ir.loop import Loop
@@ -247,7 +248,7 @@ class _Planner:
         needs = _needs(step.record)
         reason = verification.skipped(self.request.verify, step.record.promise, cost, self.has_values)
         executed = f"not verified: {reason}" if reason else "executed before and after"
-        if step.record.executes:
+        if step.record.executing:
             if self.has_values:
                 return PassPlan(step, "not run", needs, unrun, executed, "what it makes is known once it runs"), program
             note = f"pass {step.name!r} needs weight values; the checkpoint was captured structure-only"
@@ -387,7 +388,7 @@ class Trials:
 
 def _needs(record: Pass) -> tuple[str, ...]:
     """What a pass takes beside shapes."""
-    needs = [record.needs or "weight values"] if record.executes else []
+    needs = [record.needs or "weight values"] if record.executing else []
     if record.heals:
         needs.append("training")
     if record.promise.kind == "retrain":

@@ -120,7 +120,7 @@ def run_pass(program: Program, step: Step, cost: Cost | None = None) -> tuple[Pr
         ContractError: ``ensures`` does not hold, or the pass said something untrue about itself.
     """
     name, record = step.name, step.record
-    if record.executes and not program.has_values:
+    if record.executing and not program.has_values:
         raise MissingValuesError(f"pass {name!r} needs weight values; the checkpoint was captured structure-only")
     if refusals := record.requires(program):
         raise UserError(f"pass {name!r} cannot run: {'; '.join(refusals)}")

@@ -73,6 +73,11 @@ class Pass(Options):
         """The contract with these options: the class's, where a pass says nothing else."""
         return self.contract
 
+    @property
+    def executing(self) -> bool:
+        """Whether the pass ``executes`` with these options: not when they say already what it would find out."""
+        return self.executes
+
     def files(self) -> tuple[Path, ...]:
         """Files beside the checkpoint that the result depends on; report and lock file hold their hashes."""
         return ()

@@ -11,6 +11,7 @@ import yaml
 
 from optpass.report import charts, units
 from optpass.report.animation import Reel, reel
+from optpass.report.calibration_view import CalibrationView, calibration_view
 from optpass.report.charts import Chart
 from optpass.report.clips import Clips
 from optpass.report.loop_view import LoopView, loop_view
@@ -80,6 +81,7 @@ class Page:
     entries: tuple[tuple[str, Mapping[str, units.Change]], ...]
     charts: tuple[Chart, ...]
     loop: LoopView | None
+    calibration: CalibrationView | None
     latency_chart: Chart | None
     latency_words: tuple[str, ...]
     reel: Reel | None
@@ -120,6 +122,7 @@ def page_of(report: Mapping[str, Any], clips: Clips | None) -> Page:
         entries=_entries(report),
         charts=_charts(passes, totals),
         loop=loop_view(report),
+        calibration=calibration_view(report),
         latency_chart=_latency_chart(section(report, "latency")),
         latency_words=_latency_words(section(report, "latency")),
         reel=None if clips is None or not len(clips.after) else reel(clips),

@@ -13,12 +13,13 @@ import torch
 from torch.fx import Node
 
 from optpass.analysis.block_ranges import BlockRange
+from optpass.analysis.boundaries import ancestors
 from optpass.analysis.residuals import Residual
 from optpass.ir.graph import Graph, path_of, value_of
 from optpass.ir.interface import Interface
 from optpass.ir.loop import ELAPSED, INTERVALS, clock, metric, past, present
 from optpass.rewrite.change_metrics import relative_change
-from optpass.rewrite.crossing import ancestors, crossing
+from optpass.rewrite.crossing import crossing
 from optpass.rewrite.shortcuts import shortcut
 from optpass.rewrite.splitting import subgraph, unread_inputs
 from optpass.rewrite.stepping import results, unique_name

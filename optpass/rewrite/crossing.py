@@ -12,27 +12,6 @@ from optpass.analysis.operators import is_view
 from optpass.ir.graph import Graph
 
 
-def ancestors(values: Iterable[Node], stop: Collection[Node] = ()) -> set[Node]:
-    """Everything that ``values`` are computed from, they themselves and ``stop`` included, nothing behind ``stop``."""
-    found: set[Node] = set()
-    pending = list(values)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(() if node in stop else node.all_input_nodes)
-    return found
-
-
-def dependents(graph: Graph, values: Iterable[Node]) -> set[Node]:
-    """Everything that is computed from ``values``, they themselves included."""
-    found = set(values)
-    for node in graph.fx.nodes:
-        if any(operand in found for operand in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
 def crossing(graph: Graph, first: Collection[Node], outputs: Iterable[Node], cut: Collection[Node]) -> list[Node]:
     """The values, beside ``cut``, that what computes ``outputs`` should take over from ``first``, in order.
 

@@ -53,7 +53,9 @@ def whole_of_cat(node: Node) -> Node | None:
 
 def _repeated(graph: Graph, source: Node, steps: Sequence[Node]) -> Node:
     """``steps``, the last of which comes first, over ``source``."""
-    if _undo_one_another(source, steps):
+    # Where a size that stays open is 1 in the example, moving its axis leaves no trace there.
+    seen = 1 not in graph.dimensions.examples.values()
+    if not steps or (seen and _undo_one_another(source, steps)):
         return source
     for step in reversed(steps):
         operand = carried_from(step)
@@ -68,8 +70,6 @@ def _with_operand(arguments: Any, operand: Node | None, source: Node) -> Any:
 
 def _undo_one_another(source: Node, steps: Sequence[Node]) -> bool:
     """Whether the rearrangements ``steps``, last first, leave every element in its place."""
-    if not steps:
-        return True
     if any(step.target not in REARRANGEMENTS or step.target is aten.to.dtype for step in steps):
         return False
     start = contiguous(example_shape(source))

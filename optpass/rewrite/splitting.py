@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
+from optpass.analysis.boundaries import ancestors
 from optpass.ir.graph import PATH, Graph, shape_of
 from optpass.ir.signature import Signature
 
@@ -26,7 +27,7 @@ def subgraph(
         ValueError: one of ``inputs`` has the name of one of the graph's own inputs that is still read.
     """
     cut = set(inputs.values())
-    needed = reached(outputs.values(), stop=cut)
+    needed = ancestors(outputs.values(), stop=cut)
     own = [
         (name, node)
         for name, node in zip(graph.signature.inputs, graph.placeholders, strict=True)
@@ -61,20 +62,6 @@ def unread_inputs(graph: Graph) -> list[str]:
     """The inputs that nothing in ``graph`` reads."""
     pairs = zip(graph.signature.inputs, graph.placeholders, strict=True)
     return [name for name, node in pairs if not node.users]
-
-
-def reached(outputs: Iterable[Node], stop: set[Node]) -> set[Node]:
-    """Everything that ``outputs`` are computed from, ``stop`` included and nothing behind it."""
-    found: set[Node] = set()
-    waiting = list(outputs)
-    while waiting:
-        node = waiting.pop()
-        if node in found:
-            continue
-        found.add(node)
-        if node not in stop:
-            waiting += node.all_input_nodes
-    return found
 
 
 def _placeholder(part: FxGraph, name: str, node: Node, taken: set[str]) -> Node:

@@ -16,7 +16,7 @@ import torch
 from checkpoints import write_checkpoint
 from watched import watch
 
-from optpass.evaluate.difference import random_inputs
+from optpass.evaluate.trials import random_inputs
 from optpass.pipeline.apply import apply
 from optpass.pipeline.recipe import make_recipe
 from optpass.pipeline.request import Request

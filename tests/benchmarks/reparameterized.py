@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from optpass.capture.timm_import import timm_importable
-from optpass.evaluate.difference import outputs_difference, random_inputs
+from optpass.evaluate.difference import outputs_difference
 from optpass.evaluate.latency import Comparison, compare_latency
+from optpass.evaluate.trials import random_inputs
 from optpass.ir.program import Program
 from optpass.pipeline.manager import PassRecord, run_pass
 from optpass.pipeline.recipe import make_recipe

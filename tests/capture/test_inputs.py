@@ -13,7 +13,7 @@ from optpass.capture.export import build_fake, export_program
 from optpass.capture.inputs import Example, Input, Inputs, Number, Product
 from optpass.capture.spans import Span
 from optpass.errors import UserError
-from optpass.evaluate.difference import random_inputs
+from optpass.evaluate.trials import random_inputs
 from optpass.ir.program import Origin, Program
 from optpass.runtime.looped import program_module
 from optpass.runtime.module import EngineModule

@@ -23,7 +23,8 @@ from optpass.capture.sources import capture
 from optpass.capture.spans import Span
 from optpass.capture.timm_import import timm_importable
 from optpass.errors import OptpassError
-from optpass.evaluate.difference import outputs_difference, program_runner, random_inputs
+from optpass.evaluate.difference import outputs_difference, program_runner
+from optpass.evaluate.trials import random_inputs
 from optpass.ir.dialect import verify_shapes
 from optpass.ir.program import Program
 from optpass.pipeline.target import LoweredEntry, Lowering

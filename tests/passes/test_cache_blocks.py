@@ -14,13 +14,15 @@ from torch.nn import functional
 
 from optpass.capture.spans import Span
 from optpass.errors import UserError
-from optpass.evaluate.difference import program_runners, random_inputs
+from optpass.evaluate.difference import program_runners
+from optpass.evaluate.trials import random_inputs
 from optpass.ir.interface import call_interface
 from optpass.ir.loop import Adaptive, single_step
 from optpass.ir.program import InputRange, Origin, Program
 from optpass.ir.text import graph_text, loop_text
 from optpass.ir.weights import Absent, WeightStore
 from optpass.passes.cache_blocks import CacheBlocks
+from optpass.passes.hoist_invariants import HoistInvariants
 from optpass.pipeline.manager import PassRecord, run_pass
 from optpass.pipeline.recipe import Step
 from optpass.pipeline.target import Lowering
@@ -131,15 +133,27 @@ class Plain(nn.Module):
         return sample * timestep
 
 
+class Attending(nn.Module):
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        q = (sample * timestep).unsqueeze(1)
+        return functional.scaled_dot_product_attention(q, q, q).squeeze(1)
+
+
 def test_declines_with_the_reason(capture_module):
     assert declined(small(capture_module), every=1) == "every step is computed, so none would reuse"
     assert declined(small(capture_module), steps=[0, 1], of=2) == "every step is computed, so none would reuse"
     assert declined(small(capture_module), head=3).startswith("the stack has 3 blocks, and the first 3")
     assert declined(small(capture_module), method="threshold", head=0).startswith("a threshold is measured on blocks")
-    assert "no stack of blocks holds half" in declined(small(capture_module, PostNorm))
+    assert "normalised between additions (post-norm, at (root))" in declined(small(capture_module, PostNorm))
     assert "there are no blocks" in declined(small(capture_module, Plain))
     assert declined(small(capture_module, Skipping)).startswith("reusing the range spares nothing")
     assert "no attention of these kinds" in declined(small(capture_module), method="attention")
+    _, record = cache(small(capture_module, Attending), method="attention")
+    assert not record.modified
+    assert [item.reason.split(" residual")[0] for item in record.declined] == [
+        "its result is not added to a",
+        "no attention of these kinds is added to a",
+    ]
 
 
 def test_a_second_run_changes_nothing(capture_module):
@@ -228,10 +242,10 @@ def calls(program: Program, amplitudes: list[float], time: float | None = None) 
     call = call_interface(program.loop, program.interfaces)
     inputs = random_inputs(call.inputs_at(), program.ranges, seed=1)
     sample, like = inputs[program.loop.sample], inputs[program.loop.timestep]
-    direction = torch.randn(sample.shape, generator=torch.Generator().manual_seed(2))
+    direction = torch.randn(sample.shape, generator=torch.Generator().manual_seed(2)).to(sample.dtype)
     made, distance = [], 0.0
     # Flux counts time from 1 to 0, the others from 1000.
-    high = program.ranges[program.loop.timestep].high
+    high = program.ranges.get(program.loop.timestep, InputRange(0, 1000)).high
     for index, amplitude in enumerate(amplitudes):
         distance += amplitude
         at = high * (0.9 - index / 50_000) if time is None else time
@@ -266,7 +280,7 @@ def first_and_last(module: Any) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize(
-    "name", ["DiT-XL/2", "Flux.1", "SD 3 medium", "Wan 2.1 text-to-video 1.3B", "LTX-Video", "Latte-1", "PixArt-α"]
+    "name", ["DiT-XL/2", "Flux.1", "SD 3 medium", "Wan 2.1 text-to-video 1.3B", "LTX-Video", "Latte-1"]
 )
 def test_interval_is_what_hooks_give(name, models):
     program, module = models(name)
@@ -297,6 +311,25 @@ def test_interval_is_what_hooks_give(name, models):
 def test_reuse_with_the_same_steps_state_is_the_full_step(name, method, models):
     program, _ = models(name)
     after, _ = cache(program, method=method)
+    assert_steps_agree(program, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Flux.1", "SD 3.5 medium", "HunyuanVideo", "CogVideoX 2B"])
+def test_every_range(name, models):
+    """From any block to any other, out of two streams and into the one that they become."""
+    program, _ = models(name)
+    count = 6 if name in ("Flux.1", "HunyuanVideo") else 3
+    for first in range(1, count):
+        for last in range(first, count):
+            for method in ("interval", "threshold"):
+                after, record = cache(program, method=method, blocks=f"{first}-{last}")
+                assert record.modified
+                assert_steps_agree(program, after)
+
+
+def assert_steps_agree(program: Program, after: Program) -> None:
+    """A computed step is the model's to the bit; one that reuses what the same step computed, to rounding."""
     assert after.loop is not None
     [inputs] = calls(program, [0.0])
     runners = program_runners(after)
@@ -425,6 +458,32 @@ def test_attention_of_some_blocks_and_kinds(models):
     reasons = {item.path: item.reason for item in record.declined}
     assert reasons["transformer_blocks.0.attn1"] == "outside of the blocks '1-2'"
     assert reasons["temporal_transformer_blocks.2.attn1"] == "with temporal: 1 it is computed in every step"
+
+
+@pytest.mark.parametrize("options", [{"method": "threshold", "threshold": 0.05}, {"method": "taylor"}])
+def test_composes_with_hoisting_in_both_orders(options, models):
+    program, _ = models("SD 3 medium")
+    inputs = calls(program, MOVES)
+    hoist = Step("hoist-invariants", HoistInvariants())
+    cached, _ = cache(program, **options)
+    expected = answers(program, program_module(cached), inputs)
+    for after in (run_pass(cached, hoist)[0], cache(run_pass(program, hoist)[0], **options)[0]):
+        assert after.loop is not None
+        assert after.loop.tables
+        assert_close(answers(program, program_module(after), inputs), expected, 0.0)
+
+
+def test_half_precision_stays_half(capture_module):
+    """Clocks are float32, and what is computed with them is not."""
+    program, _ = capture_module(
+        lambda: Small().half(), sample=torch.zeros(2, 5, 4).half(), timestep=torch.tensor(1.0).half()
+    )
+    program = replace(program, loop=single_step("full", program.entries["full"].signature))
+    after, _ = cache(program, method="taylor", order=2)
+    assert after.loop is not None
+    assert {state.dtype for state in after.loop.states.values()} == {torch.float16}
+    found = answers(program, program_module(after), calls(program, [0.1] * 6))
+    assert all(each.dtype == torch.float16 and each.isfinite().all() for each in found)
 
 
 OPEN = """

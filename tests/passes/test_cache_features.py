@@ -14,7 +14,8 @@ from optpass.analysis.cost import measure
 from optpass.analysis.generation import generation_cost
 from optpass.capture.sources import capture
 from optpass.errors import UserError
-from optpass.evaluate.difference import program_runner, random_inputs
+from optpass.evaluate.difference import program_runner
+from optpass.evaluate.trials import random_inputs
 from optpass.evaluate.walks import walk
 from optpass.ir.loop import Cycle, Listed, State, past, present, single_step
 from optpass.ir.program import InputRange

@@ -361,7 +361,10 @@ def test_nothing_to_hoist_is_said(capture_module):
     assert [item.reason for item in record.declined] == ["it is drawn at random, anew at every step"]
     plain, _ = capture_module(Unconditional, sample=SAMPLE, timestep=TIME, mask=torch.ones(3, 4, 8))
     _, record = run_pass(looped(plain), STEP)
-    assert (record.modified, record.declined) == (False, ())
+    assert not record.modified
+    assert [item.reason for item in record.declined] == [
+        "no step computes what another one has, beyond what costs nothing"
+    ]
 
 
 def test_a_model_without_steps_is_refused(capture_module):
@@ -455,10 +458,3 @@ def test_sd15_as_published():
     assert entries["embed"].macs == 320 * 1280 + 1280 * (1280 + 5 * 320 + 5 * 640 + 12 * 1280)
     assert entries["full"].macs == before.macs - entries["prepare"].macs - entries["embed"].macs
     assert sum(entry.parameters for entry in entries.values()) == before.parameters
-
-
-def test_trained_checkpoint(moving_digits):
-    program = capture(moving_digits)
-    after, record = run_pass(program, STEP)
-    assert record.after.entries["full"].totals.macs < record.before.totals.macs
-    assert program_difference(program, after).relative_error <= RTOL

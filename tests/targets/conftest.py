@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optpass.evaluate.difference import random_inputs
+from optpass.evaluate.trials import random_inputs
 from optpass.ir.program import Program
 from optpass.pipeline.target import LoweredEntry, Lowering
 from optpass.targets.onnxruntime import OnnxRuntime

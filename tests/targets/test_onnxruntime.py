@@ -18,7 +18,7 @@ from torch import nn
 
 from optpass.capture.export import build_fake, export_program
 from optpass.errors import MissingValuesError, UserError, WeightError
-from optpass.evaluate.difference import random_inputs
+from optpass.evaluate.trials import random_inputs
 from optpass.ir.hashing import HashedFile, file_digest
 from optpass.ir.program import Origin, Program
 from optpass.ir.weights import Constant, Expression, Shape, WeightStore

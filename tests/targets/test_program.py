@@ -13,7 +13,8 @@ from torch import nn
 
 from optpass.capture.sources import capture
 from optpass.errors import MissingValuesError, UserError
-from optpass.evaluate.difference import outputs_difference, program_runner, random_inputs
+from optpass.evaluate.difference import outputs_difference, program_runner
+from optpass.evaluate.trials import random_inputs
 from optpass.interchange.storage import load_program
 from optpass.ir.program import Program
 from optpass.ir.text import graph_text
