@@ -136,10 +136,10 @@ def _introduction() -> Iterator[str]:
     yield ""
     yield (
         "Speed-ups are of the loop of UNet calls and sampler steps, medians over the clips (10 % … 90 %): against the "
-        "same engine uncached (also in the process's seconds on a core, which other processes do not lengthen), and "
-        "against the uncached eager module. PSNR and relative L2 are against the clips of the same engine uncached; "
-        "digits and the Fréchet distance (few clips: compare it within the table alone) are the checkpoint's own "
-        "evaluator's."
+        "same engine uncached (also in the process's seconds on a core: the steadier figure where a machine has other "
+        "work), and against the uncached eager module. PSNR and relative L2 are against the clips of the same engine "
+        "uncached; digits and the Fréchet distance (few clips: compare it within the table alone) are the checkpoint's "
+        "own evaluator's."
     )
 
 
