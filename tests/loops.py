@@ -62,12 +62,21 @@ def cached(schedule: Schedule | None = None, batch: int = 2) -> tuple[Program, n
 
 
 def generation(
-    call: Callable[..., Tensor], seed: int, steps: int, context: Tensor, *, first: float = 999.0
+    call: Callable[..., Tensor],
+    seed: int,
+    steps: int,
+    context: Tensor,
+    *,
+    first: float = 999.0,
+    stop: int | None = None,
 ) -> list[Tensor]:
-    """What ``call`` answers at each of ``steps`` steps of a sampler that takes a little of the answer off."""
+    """What ``call`` answers at each of ``steps`` steps of a sampler that takes a little of the answer off.
+
+    It is broken off after ``stop`` of them.
+    """
     sample = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
     answers = []
-    for index in range(steps):
+    for index in range(steps)[:stop]:
         answer = call(sample, torch.tensor(first - index * first / steps), context)
         answers.append(answer)
         sample = sample - 0.05 * answer

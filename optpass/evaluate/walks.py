@@ -38,8 +38,14 @@ def compared_calls(loop: Loop | None) -> int:
 
 
 def timed_length(loop: Loop | None) -> int:
-    """Calls whose latency is taken together."""
-    return 1 if loop is None or loop.stateless else period(loop)
+    """Calls whose latency is taken together: whole periods.
+
+    What runs once a generation would be in every call of a walk of one: then there are :data:`UNCOUNTED` at least.
+    """
+    if loop is None or loop.stateless:
+        return 1
+    calls, runs_once = period(loop), bool(loop.once or loop.tables)
+    return calls * -(-UNCOUNTED // calls) if runs_once and isinstance(loop.schedule, Cycle) else calls
 
 
 def walk(
@@ -72,13 +78,7 @@ def call_trials(
 def timed_calls(
     call: Interface, ranges: Mapping[str, InputRange], seed: int, *, loop: Loop | None = None
 ) -> list[dict[str, Tensor]]:
-    """What a latency is taken of: one random call, or of a loop a walk through a period of its schedule.
-
-    What runs once a generation would be in every call of a walk of one: then there are :data:`UNCOUNTED` at least.
-    """
+    """What a latency is taken of: one random call, or of a loop a walk of :func:`timed_length`."""
     if loop is None or loop.stateless:
         return [random_inputs(call.inputs_at(), ranges, seed)]
-    calls = period(loop)
-    if isinstance(loop.schedule, Cycle) and (loop.once or loop.tables):
-        calls *= -(-UNCOUNTED // calls)
-    return walk(loop, call.inputs_at(), ranges, seed, calls)
+    return walk(loop, call.inputs_at(), ranges, seed, timed_length(loop))

@@ -20,7 +20,7 @@ from optpass.ir.interface import Interface
 from optpass.ir.loop import ELAPSED, INTERVALS, clock, metric, past, present
 from optpass.rewrite.change_metrics import relative_change
 from optpass.rewrite.crossing import crossing
-from optpass.rewrite.shortcuts import shortcut
+from optpass.rewrite.shortcuts import NotCarriedError, shortcut
 from optpass.rewrite.splitting import subgraph, unread_inputs
 from optpass.rewrite.stepping import results, unique_name
 
@@ -48,15 +48,20 @@ def stream_changes(
     """The residual of ``span`` on every stream that is read behind it, computed in ``graph`` behind the range.
 
     Raises:
-        NotCarriedError: a stream is computed on along the way.
+        NotCarriedError: a stream is computed on along the way, or scaled by what the range computes.
     """
     read = ancestors(results(graph).values(), stop=span.leaving)
+    added = {residual.add for block in span.blocks for residual in block.residuals}
     changes: list[Change] = []
     for after in span.leaving:
         if after not in read:
             continue
         with graph.before(after.next):
             before = shortcut(graph, after, span.entering, found)
+            if not added.isdisjoint(ancestors([before], stop=span.entering)):
+                raise NotCarriedError(
+                    f"the stream that leaves {span.blocks[-1].path} is scaled by what the range computes from it"
+                )
             residual = graph.call(aten.sub.Tensor, after, before, like=after)
         name = unique_name(span.blocks[-1].path, [*taken, *(change.name for change in changes)])
         changes.append(Change(name, before, after, residual))

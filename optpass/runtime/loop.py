@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -18,9 +18,7 @@ from optpass.ir.program import Program
 from optpass.pipeline.target import Runner
 from optpass.runtime.generations import Generation, Generations
 from optpass.runtime.policy import Moment, Policy
-
-TABLE = 1024
-"""Timesteps whose results are kept."""
+from optpass.runtime.tables import Table
 
 
 class LoopRunner:
@@ -43,7 +41,7 @@ class LoopRunner:
         self.steps: int | None = None if isinstance(loop.schedule, Cycle) else loop.schedule.of
         self._call = call_interface(loop, interfaces)
         self._policy = _policy(loop, interfaces)
-        self._tables: OrderedDict[tuple[bytes, ...], dict[str, Tensor]] = OrderedDict()
+        self._table = Table()
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One step; where a loop remembers nothing, whichever.
@@ -179,27 +177,20 @@ class LoopRunner:
         shapes = [(spec.name, spec.shape, tuple(tensors[spec.name].shape)) for spec in call.inputs]
         return {**call.dimensions.examples, **call.dimensions.resolve(shapes)}
 
-    def _looked_up(self, entry: str, generation: Generation, available: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _looked_up(self, entry: str, generation: Generation, available: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What ``entry`` writes, from an earlier call with the same inputs where there was one."""
         given = {spec.name: self._input(spec.name, entry, generation, available) for spec in self._inputs(entry)}
-        key = (entry.encode(), *(_content(value) for value in given.values()))
-        if key not in self._tables:
+
+        def made() -> dict[str, Tensor]:
             self.statistics[entry] += 1
-            written = self.runners[entry](given)
-            self._tables[key] = {name.removeprefix(PRESENT): value for name, value in written.items()}
-            if len(self._tables) > TABLE:
-                self._tables.popitem(last=False)
-        return self._tables[key]
+            return {name.removeprefix(PRESENT): value for name, value in self.runners[entry](given).items()}
+
+        return self._table.row(entry, given, made)
 
 
 def call_runners(program: Program, runners: Mapping[str, Runner]) -> dict[str, Runner]:
     """What answers calls of ``program``: a loop over ``runners``, its entries', under :data:`LOOP`; or each of them."""
     return {LOOP: LoopRunner(program.loop, program.interfaces, runners)} if program.loop else dict(runners)
-
-
-def _content(tensor: Tensor) -> bytes:
-    """Shape and bytes of a tensor: what a table is looked up by."""
-    return repr(tuple(tensor.shape)).encode() + tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _policy(loop: Loop, interfaces: Mapping[str, Interface]) -> Policy | None:

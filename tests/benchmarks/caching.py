@@ -39,6 +39,9 @@ from optpass.runtime.looped import program_module
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "moving-digits"
 PERIODS = (2, 3, 5)
+BUDGETS: Mapping[int, float] = {2: 1.7, 3: 2.1, 5: 2.9}
+"""Speed-ups in MACs, beside the periods of which they are those or a little more, that calibration is asked for."""
+OTHER_SEED = 1000
 CUTS = ("up_blocks.2.resnets.0", "up_blocks.1")
 CLIPS: Mapping[int, int] = {20: 10, 50: 5}
 """Clips of each way, by the number of steps."""
@@ -62,6 +65,7 @@ class Way:
     cut: str = ""
     every: int = 1
     before: Sequence[str] = ()
+    steps: int | None = None
     clips: list[Tensor] = field(default_factory=list)
     loop: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -90,8 +94,11 @@ def recipe(cut: str, every: int, before: Sequence[str] = ()) -> Any:
     return make_recipe({**settings, "target": {"onnxruntime": {"threads": 1}}})
 
 
-def ways(folder: Path) -> Iterator[Way]:
-    """Uncached: the eager module, the captured Program in PyTorch, its engine. Then cached, with every period."""
+def ways(folder: Path, numbers: Sequence[int]) -> Iterator[Way]:
+    """Uncached: the eager module, the captured Program in PyTorch, its engine. Then cached, with every period.
+
+    Last those whose computed steps were calibrated, for each of the ``numbers`` of steps.
+    """
     original = capture(CHECKPOINT, inputs={"sample": (2, 8, 4, 16, 16)}, dtype=torch.float32)
     yield Way(EAGER, _pipeline(), original)
     yield Way(PYTORCH, _pipeline(program_module(original)), original)
@@ -106,6 +113,26 @@ def ways(folder: Path) -> Iterator[Way]:
                 yield Way(PYTORCH, _pipeline(program_module(engine.program)), engine.program, cut, every)
     for every in PERIODS:
         yield _engine(original, folder, CUTS[-1], every, EXACT)
+    for steps in numbers:
+        for every, budget in BUDGETS.items():
+            yield _calibrated(original, folder, steps, every, budget)
+
+
+def _calibrated(original: Program, folder: Path, steps: int, every: int, budget: float) -> Way:
+    """As many MACs as a period of ``every`` at least saves, at the steps that other seeds than the table's tell."""
+    passes = [
+        {"cache-features": {"cut": CUTS[-1], "every": every}},
+        {"calibrate-cache": {"speedup": budget, "steps": steps, "samples": 2, "guidance": 3.0, "seed": OTHER_SEED}},
+    ]
+    program, _ = run_passes(original, make_recipe({"passes": passes, "target": "program"}).steps)
+    assert program.loop is not None
+    [computed] = [value for key, value in program.loop.schedule.as_json().items() if key == "steps"]
+    listed = {"cut": CUTS[-1], "steps": computed, "of": steps}
+    settings = {"inputs": {"sample": [2, 8, 4, 16, 16]}, "dtype": "float32", "passes": [{"cache-features": listed}]}
+    out = folder / f"calibrated-{steps}-{every}"
+    made = make_recipe({**settings, "target": {"onnxruntime": {"threads": 1}}})
+    apply(made, Request(str(CHECKPOINT), out, verify="never", baseline=False, samples=0))
+    return Way(ENGINE, _pipeline(load(out)), program, CUTS[-1], every, ("calibrate-cache",), steps)
 
 
 def _engine(original: Program, folder: Path, cut: str, every: int, before: Sequence[str] = ()) -> Way:
@@ -125,6 +152,7 @@ def _pipeline(unet: Any = None) -> ClassToVideoPipeline:
 def measured(all_ways: list[Way], steps: int, clips: int) -> list[Row]:
     """A row for each way after ``clips`` clips of ``steps`` steps."""
     evaluator = Evaluator.load(CHECKPOINT / "evaluator")
+    all_ways = [way for way in all_ways if way.steps in (None, steps)]
     for way in all_ways:
         way.generate(0, WARMUP_STEPS)
         for made in (way.clips, way.loop, way.cpu, way.whole):
@@ -175,7 +203,7 @@ def main() -> int:
     # One thread each: what else runs on a machine disturbs the operators of several threads most.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="optpass-bench-") as home:
-        everyone = list(ways(Path(home)))
+        everyone = list(ways(Path(home), arguments.steps))
         rows = [row for steps in arguments.steps for row in measured(everyone, steps, _clips(steps, arguments.clips))]
     with tempfile.TemporaryDirectory(prefix="optpass-bench-") as home:
         memory = bundles_in_memory(Path(home))

@@ -128,6 +128,16 @@ class Skipping(Small):
         return self.leave(torch.cat([x, *each], 1))
 
 
+class Squeezed(Small):
+    """Every layer's stream is gated by its own mean, which only the blocks before it tell."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        x = sample * timestep
+        for layer in self.layers:
+            x = x * x.mean(1, keepdim=True).sigmoid() + layer.branch(x)
+        return self.leave(x)
+
+
 class Plain(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         return sample * timestep
@@ -145,6 +155,7 @@ def test_declines_with_the_reason(capture_module):
     assert declined(small(capture_module), head=3).startswith("the stack has 3 blocks, and the first 3")
     assert declined(small(capture_module), method="threshold", head=0).startswith("a threshold is measured on blocks")
     assert "normalised between additions (post-norm, at (root))" in declined(small(capture_module, PostNorm))
+    assert "is scaled by what the range computes" in declined(small(capture_module, Squeezed))
     assert "there are no blocks" in declined(small(capture_module, Plain))
     assert declined(small(capture_module, Skipping)).startswith("reusing the range spares nothing")
     assert "no attention of these kinds" in declined(small(capture_module), method="attention")

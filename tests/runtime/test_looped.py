@@ -66,6 +66,28 @@ def test_a_generation_that_was_broken_off_leaves_nothing_behind():
     assert_equal(generation(module, 5, 6, CONTEXT), expected)
 
 
+@pytest.mark.parametrize("broken_off_after", [1, 2, 3])
+def test_the_same_seed_with_fewer_steps_starts_anew(broken_off_after):
+    """What was broken off has the noise, the conditioning and an earlier time; all that says otherwise is the start."""
+    program, net = cached(every(3, ("full", "reuse")))
+    module = looped(program)
+    generation(module, 0, 50, CONTEXT, stop=broken_off_after)
+    expected = generation(Eager(net, lambda step: step % 3 == 0), 0, 10, CONTEXT, first=950.0)
+    assert_equal(generation(module, 0, 10, CONTEXT, first=950.0), expected)
+
+
+def test_another_noise_over_the_same_image_starts_anew():
+    """Image to image: the first samples of two seeds are like each other, and at one time."""
+    program, net = cached()
+    module = looped(program)
+    image, noise = torch.ones(2, 4), torch.tensor([[1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])
+    first, second = image + 0.7 * noise, image - 0.7 * noise
+    assert torch.cosine_similarity(first.flatten(), second.flatten(), dim=0) > generations.CORRELATION
+    module(first, torch.tensor(500.0), CONTEXT)
+    question = second, torch.tensor(500.0), CONTEXT
+    assert torch.equal(module(*question), Eager(net, lambda step: True)(*question))
+
+
 def test_another_number_of_steps_serves_a_period():
     program, net = cached()
     module = looped(program)
@@ -168,11 +190,38 @@ def test_two_threads():
         assert_equal(answers, generation(Eager(net, lambda step: step % 2 == 0), seed, 30, CONTEXT))
 
 
+def test_more_threads_than_a_few_take_turns():
+    """As many generations as threads are in progress at a time."""
+    program, net = cached()
+    module, found = looped(program), dict[int, Any]()
+    count = 12
+    turn = threading.Barrier(count)
+
+    def call(*question: torch.Tensor) -> torch.Tensor:
+        turn.wait(timeout=60)
+        answer: torch.Tensor = module(*question)
+        return answer
+
+    threads = [
+        threading.Thread(target=lambda seed=seed: found.__setitem__(seed, generation(call, seed, 6, CONTEXT)))
+        for seed in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, answers in found.items():
+        assert_equal(answers, generation(Eager(net, lambda step: step % 2 == 0), seed, 6, CONTEXT))
+    module(torch.randn(2, 4), torch.tensor(999.0), CONTEXT)
+    assert len(module.runner.generations._open) == 1, "what ended threads kept is freed"
+
+
 def test_conditioning_that_changes_starts_anew():
     program, net = cached()
     module = looped(program)
     sample = torch.randn(2, 4)
     module(sample, torch.tensor(900.0), CONTEXT)
+    sample = sample + torch.randn(2, 4) / 100
     expected = Eager(net, lambda step: True)(sample, torch.tensor(800.0), OTHER)
     assert torch.equal(module(sample, torch.tensor(800.0), OTHER), expected)
 
@@ -183,6 +232,7 @@ def test_the_callers_tensors_may_be_written_over():
     sample, context = torch.randn(2, 4), CONTEXT.clone()
     assert torch.equal(module(sample, torch.tensor(900.0), context), expected(sample, torch.tensor(900.0), context))
     context += 1
+    sample += torch.randn(2, 4) / 100
     fresh = Eager(net, lambda step: True)
     assert torch.equal(module(sample, torch.tensor(800.0), context), fresh(sample, torch.tensor(800.0), context))
 
@@ -241,20 +291,21 @@ def test_reset_forgets():
     sample = torch.randn(2, 4)
     module(sample, torch.tensor(900.0), CONTEXT)
     module.reset()
-    module(sample, torch.tensor(800.0), CONTEXT)
+    module(sample + torch.randn(2, 4) / 100, torch.tensor(800.0), CONTEXT)
     assert module.statistics == {"full": 2}
 
 
 def test_a_call_that_fails_ends_its_generation():
     module = looped(cached()[0])
     sample = torch.randn(2, 4)
+    noise = torch.randn(2, 4) / 100
     module(sample, torch.tensor(900.0), CONTEXT)
     run = module.runner.runners["reuse"]
     module.runner.runners["reuse"] = lambda tensors: 1 / 0  # type: ignore[index]
     with pytest.raises(ZeroDivisionError):
-        module(sample, torch.tensor(800.0), CONTEXT)
+        module(sample + noise, torch.tensor(800.0), CONTEXT)
     module.runner.runners["reuse"] = run  # type: ignore[index]
-    module(sample, torch.tensor(700.0), CONTEXT)
+    module(sample + 2 * noise, torch.tensor(700.0), CONTEXT)
     assert module.statistics == {"full": 2, "reuse": 1}
 
 
@@ -266,6 +317,7 @@ def test_timesteps_that_ascend_are_an_option():
     for time in (1.0, 2.0, 3.0):
         question = sample, torch.tensor(time), CONTEXT
         assert torch.equal(module(*question), expected(*question))
+        sample = sample + torch.randn(2, 4) / 100
 
 
 def test_a_module_that_never_reuses_says_why(monkeypatch):
