@@ -183,13 +183,16 @@ class LoopRunner:
         """What ``entry`` writes, from an earlier call with the same inputs where there was one."""
         given = {spec.name: self._input(spec.name, entry, generation, available) for spec in self._inputs(entry)}
         key = (entry.encode(), *(_content(value) for value in given.values()))
-        if key not in self._tables:
+        # Another thread may let go of the oldest at any time.
+        found = self._tables.get(key)
+        if found is None:
             self.statistics[entry] += 1
             written = self.runners[entry](given)
-            self._tables[key] = {name.removeprefix(PRESENT): value for name, value in written.items()}
+            found = {name.removeprefix(PRESENT): value for name, value in written.items()}
+            self._tables[key] = found
             if len(self._tables) > TABLE:
                 self._tables.popitem(last=False)
-        return self._tables[key]
+        return found
 
 
 def call_runners(program: Program, runners: Mapping[str, Runner]) -> dict[str, Runner]:
