@@ -120,11 +120,17 @@ class ProgramTarget(Target):
 
     @classmethod
     def load(cls, folder: Path, entry: Mapping[str, Any], options: Mapping[str, Any]) -> Runner:
-        """The entry executed by PyTorch on the CPU."""
+        """The entry executed by PyTorch on the CPU.
+
+        Raises:
+            UserError: the saved Program is damaged, or has no such entry.
+        """
         from optpass.evaluate.difference import program_runner
 
-        program = load_program((folder / str(entry["engine"])).parent)
-        return program_runner(program, str(entry["details"]["entry"]))
+        program, name = load_program((folder / str(entry["engine"])).parent), str(entry["details"].get("entry", ""))
+        if name not in program.entries:
+            raise UserError(f"the record of {entry['engine']} is damaged: it has no entry {name!r}")
+        return program_runner(program, name)
 
 
 def _config(program: Program) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from optpass.errors import UserError
 from optpass.ir.dimensions import Size
 from optpass.ir.graph import TensorSpec
 from optpass.ir.signature import Signature
@@ -21,6 +22,8 @@ from optpass.ir.weights import dtype_from_name, dtype_name
 
 PAST, PRESENT, METRIC, CLOCK = "past.", "present.", "metric.", "clock."
 PORTS = (PAST, PRESENT, METRIC, CLOCK)
+LONGEST = 2048
+"""Steps that a period may have."""
 LOOP = "loop"
 """What the call of a whole loop is called, where calls of entries go by their names."""
 ELAPSED, INTERVALS = "elapsed", "intervals"
@@ -224,7 +227,13 @@ def single_step(entry: str, signature: Signature) -> Loop | None:
 
 
 def every(period: int, variants: Sequence[str], within: tuple[float, float] | None = None) -> Cycle:
-    """One computed step, then ``period − 1`` that reuse; ``variants`` are the computed and the reusing one."""
+    """One computed step, then ``period − 1`` that reuse; ``variants`` are the computed and the reusing one.
+
+    Raises:
+        UserError: the period is none, or longer than :data:`LONGEST`.
+    """
+    if not 1 <= period <= LONGEST:
+        raise UserError(f"every: {period} is no number of steps from 1 to {LONGEST}")
     return Cycle((variants[0], *[variants[-1]] * (period - 1)), within)
 
 
@@ -232,15 +241,17 @@ def schedule_from_json(json: Mapping[str, Any], variants: Sequence[str]) -> Sche
     """A schedule as manifests have it, over ``variants``.
 
     Raises:
-        KeyError, TypeError, ValueError: the record is damaged.
+        KeyError, TypeError, ValueError, UserError: the record is damaged.
     """
     if "policy" in json:
         ((name, options),) = json["policy"].items()
         return Adaptive(str(name), dict(options), None if json.get("of") is None else int(json["of"]))
     if "steps" in json:
         return Listed(tuple(map(int, json["steps"])), int(json["of"]))
-    within = json.get("within")
-    span = None if within is None else (float(within[0]), float(within[1]))
+    span = None
+    if json.get("within") is not None:
+        low, high = json["within"]
+        span = float(low), float(high)
     if "every" in json:
         return every(int(json["every"]), variants[:2], span)
     return Cycle(tuple(map(str, json["cycle"])), span)

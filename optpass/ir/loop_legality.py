@@ -16,8 +16,9 @@ def loop_problems(loop: Loop, entries: Mapping[str, Interface]) -> list[str]:
 
     Entries that are missing or never run; a schedule of unknown variants, of one that it never comes to, or whose
     first step does not compute; ports without a meaning; a state that is read before it is written, or never, or in
-    another shape or dtype than it was written in; an input of the call in two shapes (two batches), or one that
-    nothing reads; an output of the call that a step does not produce, or produces twice.
+    another shape or dtype than it was written in; a sample or a timestep that is no input of the call; an input of
+    the call in two shapes (two batches), or one that nothing reads; an output of the call that a step does not
+    produce, or produces twice.
     """
     problems = [*_entry_problems(loop, entries), *_schedule_problems(loop)]
     if problems:
@@ -103,6 +104,9 @@ def _call_problems(loop: Loop, entries: Mapping[str, Interface]) -> Iterator[str
             other, found = first.setdefault(spec.name, (name, spec))
             if found != spec:
                 yield f"{other} takes {found} and {name} {spec}: one call, with one batch, serves both"
+    for role, name in (("sample", loop.sample), ("timestep", loop.timestep)):
+        if name not in loop.signature.inputs:
+            yield f"the {role} is {name!r}, which is no input of the call"
     for name in loop.signature.inputs:
         if name not in first:
             yield f"no entry takes the call's input {name!r}"

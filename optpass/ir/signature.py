@@ -236,7 +236,7 @@ class Signature:
     @staticmethod
     def from_json(json: Mapping[str, Any]) -> Signature:
         arguments, output = Tree.from_json(json["arguments"]), Tree.from_json(json["output"])
-        return Signature(tuple(json["parameters"]), arguments, output, str(json.get("method", FORWARD)))
+        return Signature(tuple(map(str, json["parameters"])), arguments, output, str(json.get("method", FORWARD)))
 
 
 def _neutral(value: Any) -> bool:

@@ -14,6 +14,7 @@ from optpass.evaluate.latency import compare_latency
 from optpass.evaluate.quality import Evaluator, psnr
 from optpass.evaluate.walks import call_trials, timed_calls
 from optpass.evaluate.widened import widened
+from optpass.ir.loop import Listed
 from optpass.ir.program import Program
 from optpass.pipeline.request import Progress, Request
 from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target
@@ -146,6 +147,7 @@ def _samples(
     if folder is None or not request.samples or not can_sample(folder):
         return None, None
     stages = ("samples before", "samples after")
+    request = replace(request, steps=_sampled_steps(request, subjects))
     made: list[Samples] = []
     for side, stage in enumerate(stages):
         replaced = {
@@ -171,6 +173,12 @@ def _samples(
         record["quality_before"] = evaluator.measure(before.frames, before.labels).as_dict()
         record["quality_after"] = evaluator.measure(after.frames, after.labels).as_dict()
     return record, Clips(labels=labels, before=before.frames, after=after.frames)
+
+
+def _sampled_steps(request: Request, subjects: Sequence[Subject]) -> int:
+    """What was asked for, or the only number that a schedule serves."""
+    schedules = [subject.program.loop.schedule for subject in subjects if subject.program.loop]
+    return next((schedule.of for schedule in schedules if isinstance(schedule, Listed)), request.steps)
 
 
 def _generate(

@@ -172,9 +172,10 @@ class PartRecord(BaseModel):
                 name = str(self.loop["entry"])
                 return single_step(name, self.entries[name].call())
             loop = Loop.from_json(self.loop)
+            problems = loop_problems(loop, self.interfaces)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"the loop of {self.component or 'the model'} is damaged: {error!r}") from error
-        if problems := loop_problems(loop, self.interfaces):
+        if problems:
             raise UserError(f"the loop of {self.component or 'the model'} is damaged: {'; '.join(problems)}")
         return loop
 

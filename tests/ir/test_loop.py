@@ -8,7 +8,7 @@ import pytest
 import torch
 from loops import cached, denoiser
 
-from optpass.errors import DialectError
+from optpass.errors import DialectError, UserError
 from optpass.ir.dialect import verify
 from optpass.ir.loop import Adaptive, Cycle, Listed, Loop, State, every, schedule_from_json, single_step
 from optpass.ir.program import Program
@@ -64,6 +64,19 @@ def test_the_text_tells_the_loop_once_there_is_one():
     assert "loop" not in program_text(denoiser()[0])
 
 
+@pytest.mark.parametrize("within", [[], [1], [1, 2, 3], 5, ["low", "high"]])
+def test_a_damaged_span_is_no_schedule(within):
+    with pytest.raises((TypeError, ValueError)):
+        schedule_from_json({"every": 2, "within": within}, BOTH)
+
+
+@pytest.mark.parametrize("period", [-1, 0, 10**9, 10**30])
+def test_a_period_that_no_sampler_has_is_refused(period):
+    """Before it is written out step by step."""
+    with pytest.raises(UserError, match=f"every: {period} is no number of steps"):
+        every(period, BOTH)
+
+
 def test_the_split_is_legal():
     verify(cached()[0])
 
@@ -101,6 +114,8 @@ def deep(**changes: object) -> dict[str, State]:
         ),
         (edited(once=("reuse",)), "reuse runs once a generation and takes sample"),
         (edited(tables=("reuse",)), "reuse runs once for each timestep and takes sample"),
+        (edited(sample="latents"), "the sample is 'latents', which is no input of the call"),
+        (edited(timestep="time"), "the timestep is 'time', which is no input of the call"),
         (edited(variants={"full": ("full",), "reuse": ("full", "reuse")}), "gives the output 'output' 2 times"),
     ],
 )

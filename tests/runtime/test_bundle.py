@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loops import cached
 
 from optpass.errors import UserError
 from optpass.ir.hashing import file_digest
 from optpass.ir.program import Program
 from optpass.pipeline.target import LoweredEntry
 from optpass.runtime.bundle import BundleWriter, read_manifest, verify_files
+from optpass.runtime.loading import load
 
 Write = Callable[..., Path]
 
@@ -175,6 +177,31 @@ def test_a_damaged_manifest_is_a_clear_error(text: str, message: str, bundle: Pa
     (bundle / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=message):
         read_manifest(bundle)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("loop", "sample"), "latents"),
+        (("loop", "schedule"), {"every": 2, "within": []}),
+        (("loop", "schedule"), {"every": 10**30}),
+        (("loop", "signature", "arguments", "children", "sample", "name"), []),
+        (("entries", "reuse", "details", "entry"), "other"),
+    ],
+)
+def test_a_damaged_loop_is_a_clear_error(
+    place: tuple[str, ...], value: Any, tmp_path: Path, write_bundle: Write
+) -> None:
+    bundle = write_bundle(tmp_path / "looped", cached()[0])
+
+    def change(data: dict[str, Any]) -> None:
+        for key in place[:-1]:
+            data = data[key]
+        data[place[-1]] = value
+
+    edit(bundle, change)
+    with pytest.raises(UserError):
+        load(bundle)
 
 
 def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
