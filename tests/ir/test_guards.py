@@ -54,5 +54,5 @@ def test_a_size_that_follows(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["height/4", "eval(height)", "height**9"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UserError, match="no whole number|no comparison of sizes"):
+    with pytest.raises(UserError, match=r"no whole number|no comparison of sizes"):
         size_at(text, {"height": 6})
