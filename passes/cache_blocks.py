@@ -113,6 +113,12 @@ class CacheBlocks(Pass):
             raise ValueError("steps and of belong together: steps: [0, 3, 5], of: 20")
         if self.steps is not None and ("every" in given or self.within is not None):
             raise ValueError("steps lists what is computed; every and within are another schedule")
+        if self.steps is not None and self.of is not None and not Listed(self.steps, self.of).in_order:
+            raise ValueError("steps has 0 and later steps below of, in order: steps: [0, 3, 5], of: 20")
+        if self.within is not None and not self.within[0] <= self.within[1]:
+            raise ValueError("within has the lower timestep first: within: [100, 800]")
+        if self.blocks and "head" in given:
+            raise ValueError("blocks says where the range begins, and head would: give one")
         return self
 
     def requires(self, program: Program) -> list[str]:

@@ -34,8 +34,8 @@ class CacheFeatures(Pass):
     Steps 0, n, 2n … are full with ``every: n``, or those that ``steps`` lists, ``of`` so many. The ``resnet`` adaptor
     (:mod:`optpass.rewrite.adaptor`) changes the feature on its way; its parameters have to be trained.
 
-    Leaves alone: a loop that caches already; and, with ``every: 1``, every loop. Refuses a cut after which a step that
-    reuses would save no product, or would not see the sample.
+    Leaves alone: a loop that caches already; and, where every step is to be full, every loop. Refuses a cut after
+    which a step that reuses would save no product, or would not see the sample.
 
     Source: Clockwork Diffusion, Habibian et al., CVPR 2024, arXiv 2312.08128; with the identity adaptor at finer cuts
     DeepCache, Ma et al., CVPR 2024, arXiv 2312.00858.
@@ -57,6 +57,10 @@ class CacheFeatures(Pass):
             raise ValueError("every and steps are two schedules: give one")
         if (self.steps is None) != (self.of is None):
             raise ValueError("steps and of belong together: steps: [0, 3, 5], of: 20")
+        if self.steps is not None and self.of is not None and not Listed(self.steps, self.of).in_order:
+            raise ValueError("steps has 0 and later steps below of, in order: steps: [0, 3, 5], of: 20")
+        if self.adaptor == "identity" and self.width != type(self).model_fields["width"].default:
+            raise ValueError("width is that of the resnet adaptor: adaptor: resnet")
         return self
 
     @property
@@ -177,4 +181,5 @@ def _idle(options: CacheFeatures, loop: Loop) -> str:
         return f"the loop reuses already: its steps are {', '.join(loop.variants)}"
     if len(loop.variants[loop.computed]) > 1:
         return f"a step runs several entries: {', '.join(loop.variants[loop.computed])}"
-    return "every step is full, so none would reuse" if options.every == 1 else ""
+    listed = options.steps is not None and len(options.steps) == options.of
+    return "every step is full, so none would reuse" if options.every == 1 or listed else ""

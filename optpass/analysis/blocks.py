@@ -117,17 +117,19 @@ def _chains(found: Sequence[Residual]) -> list[Chain]:
 
 
 def _coupled(chains: list[Chain], order: dict[Node, int]) -> list[_Group]:
-    """Chains with the others that share operators with them at the same depth."""
+    """Chains with the others that share operators with them, or with what lies within them, at the same depth."""
     outer = {inner: residual for chain in chains for residual in chain for inner in residual.inner}
     number = {residual: index for index, chain in enumerate(chains) for residual in chain}
     elements, streams = _Sets(), _Sets()
     owner: dict[Node, Residual] = {}
     for residual in number:
         for node in residual.nodes:
-            other = owner.setdefault(node, residual)
-            if number[other] != number[residual] and outer.get(other) is outer.get(residual):
-                elements.join(other, residual)
-                streams.join(number[other], number[residual])
+            one, other = residual, owner.setdefault(node, residual)
+            while outer.get(one) is not outer.get(other) and one in outer and other in outer:
+                one, other = outer[one], outer[other]
+            if number[other] != number[one] and outer.get(other) is outer.get(one):
+                elements.join(other, one)
+                streams.join(number[other], number[one])
     groups: dict[Any, _Group] = {}
     for index, chain in enumerate(chains):
         groups.setdefault(streams.of(index), _Group([], [])).chains.append(chain)
@@ -264,13 +266,17 @@ def _value_text(value: Any) -> str:
 
 
 def _linked(rows: list[list[Block]]) -> list[tuple[Block, ...]]:
-    """Rows of blocks after one another where the one begins with what the other ends with, joined or not."""
+    """Rows of blocks after one another where the one begins with what the other ends with, joined or not.
+
+    Of several that begin there, the costliest follows: of a branch and of what lies within it, the branch.
+    """
     ends = {value: index for index, row in enumerate(rows) for value in row[-1].leaving}
+    macs = [Stack(tuple(row)).macs for row in rows]
     after: dict[int, int] = {}
     for index, row in enumerate(rows):
         sources = {ends.get(value) for head in row[0].entering for value in _put_together(head, ends)}
         if len(sources) == 1 and (source := sources.pop()) is not None and source != index:
-            after.setdefault(source, index)
+            after[source] = max(after.get(source, index), index, key=macs.__getitem__)
     result = []
     for first in sorted(set(range(len(rows))) - set(after.values())):
         joined_rows, current = list(rows[first]), first

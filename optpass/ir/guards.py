@@ -1,6 +1,6 @@
 """Guards: comparisons of sizes that a captured graph rests on, as text that is checked before it is evaluated.
 
-Guards travel in manifests, which are data: only whole-number arithmetic over names is ever evaluated.
+Guards travel in manifests, which are data: only exact arithmetic over names is ever evaluated.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 from optpass.errors import UserError
@@ -17,6 +18,7 @@ BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
+    ast.Div: Fraction,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
@@ -63,14 +65,20 @@ class Guard:
 
 
 def size_at(text: str, sizes: Mapping[str, int]) -> int:
-    """A size that follows from others (``8*height``), at ``sizes``.
+    """A size that follows from others (``8*height``, ``image[2]*image[3]/4``), at ``sizes``.
 
     Raises:
-        UserError: the text is no whole-number arithmetic over names.
+        UserError: the text is no arithmetic over names, or its value no whole number.
     """
     if text in sizes:
         return sizes[text]
-    return int(_value(Guard(text)._tree, sizes))
+    plain = text
+    for name in sorted(sizes, key=len, reverse=True):
+        plain = plain.replace(name, identifier(name))
+    value = _value(Guard(plain)._tree, {identifier(name): size for name, size in sizes.items()})
+    if value != int(value):
+        raise UserError(f"a size of {text} is {value}: no whole number")
+    return int(value)
 
 
 def _names(node: ast.AST) -> list[str]:

@@ -102,6 +102,12 @@ class Listed:
     computed: tuple[int, ...]
     of: int
 
+    @property
+    def in_order(self) -> bool:
+        """Whether 0 and later steps are listed, each once and in order."""
+        steps = list(self.computed)
+        return bool(steps) and steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] < self.of
+
     def as_json(self) -> dict[str, Any]:
         return {"steps": list(self.computed), "of": self.of}
 

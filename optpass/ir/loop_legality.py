@@ -48,7 +48,7 @@ def _schedule_problems(loop: Loop) -> Iterator[str]:
             if within is not None and not within[0] <= within[1]:
                 yield f"the schedule holds within {within[0]:g} … {within[1]:g}, which is empty"
         case Listed(computed, of):
-            if list(computed) != sorted(set(computed)) or not computed or computed[0] != 0 or computed[-1] >= of:
+            if not loop.schedule.in_order:
                 yield f"the schedule computes the steps {list(computed)} of {of}: it takes 0 and later ones, in order"
             idle = set(loop.variants) - {loop.computed, loop.reused if len(computed) < of else loop.computed}
         case Adaptive():

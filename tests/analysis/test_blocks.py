@@ -97,6 +97,41 @@ def test_cuts(widths, capture_module):
     assert ends[1:-1:2] == ends[2::2]
 
 
+class Whole(nn.Module):
+    """What AuraFlow's blocks do: a stream goes around attention and feed-forward at once, x + f(x + attention)."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.feed = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def around(self, attention, *streams):
+        whole = torch.cat([self.mix(x) for x in streams], 1)
+        mixed = attention(whole, whole, whole).split([x.shape[1] for x in streams], 1)
+        return [x + self.feed((x + part).relu()) for x, part in zip(streams, mixed, strict=True)]
+
+
+class TwoThenOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.joint, self.single = (nn.ModuleList(Whole() for _ in range(2)) for _ in range(2))
+
+    def forward(self, image, text):
+        attention = nn.functional.scaled_dot_product_attention
+        for block in self.joint:
+            image, text = block.around(attention, image, text)
+        both = torch.cat([text, image], 1)
+        for block in self.single:
+            [both] = block.around(attention, both)
+        return both
+
+
+def test_streams_that_share_what_lies_within_their_branches(capture_module):
+    program, _ = capture_module(TwoThenOne, image=torch.randn(2, 5, 8), text=torch.randn(2, 3, 8))
+    blocks = stacks(program.entries["full"])[0].blocks
+    assert [len(block.entering) for block in blocks] == [2, 2, 1, 1]
+    assert [len(block.residuals) for block in blocks] == [2, 2, 1, 1]
+
+
 def test_no_blocks_no_stacks(capture_module):
     program, _ = capture_module(lambda: nn.Linear(8, 8), input=torch.randn(3, 8))
     assert stacks(program.entries["full"]) == []

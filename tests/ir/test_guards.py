@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from optpass.errors import UserError
-from optpass.ir.guards import Guard
+from optpass.ir.guards import Guard, size_at
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,18 @@ def test_holds(text: str, sizes: dict[str, int], expected: bool) -> None:
 def test_refuses_anything_but_arithmetic(text: str) -> None:
     with pytest.raises(UserError, match="no comparison of sizes"):
         Guard(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("height", 6), ("8*height", 48), ("batch*height*width/4", 30), ("image[2]*image[3]/2", 77), ("1 + width//2", 6)],
+)
+def test_a_size_that_follows(text: str, expected: int) -> None:
+    sizes = {"batch": 2, "height": 6, "width": 10, "image[2]": 14, "image[3]": 11}
+    assert size_at(text, sizes) == expected
+
+
+@pytest.mark.parametrize("text", ["height/4", "eval(height)", "height**9"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UserError, match=r"no whole number|no comparison of sizes"):
+        size_at(text, {"height": 6})

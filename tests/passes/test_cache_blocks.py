@@ -186,6 +186,13 @@ def test_refuses_what_is_not_there(capture_module):
         cache(program, steps=[0, 2])
     with pytest.raises(UserError, match="every and within are another schedule"):
         cache(program, steps=[0, 2], of=4, within=(0, 500))
+    for steps in ([], [1, 2], [0, 2, 1], [0, 0], [0, 4]):
+        with pytest.raises(UserError, match="0 and later steps below of, in order"):
+            cache(program, steps=steps, of=4)
+    with pytest.raises(UserError, match="the lower timestep first"):
+        cache(program, within=(500, 0))
+    with pytest.raises(UserError, match="blocks says where the range begins, and head would"):
+        cache(program, blocks="1-2", head=2)
     with pytest.raises(UserError, match="no sampling loop"):
         cache(replace(program, loop=None))
 

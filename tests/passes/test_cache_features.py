@@ -294,6 +294,9 @@ def test_options_that_do_not_go_together():
 
     assert "two schedules" in refused({"every": 2, "steps": [0, 2], "of": 4})
     assert "belong together" in refused({"steps": [0, 2]})
+    for steps in ([], [1, 2], [2, 0], [0, 4]):
+        assert "0 and later steps below of, in order" in refused({"steps": steps, "of": 4})
+    assert "width is that of the resnet adaptor" in refused({"width": 64})
     assert "a healing pass" in refused({"adaptor": "resnet"})
     assert "healing" not in refused({"every": 0})
 
@@ -434,5 +437,5 @@ def test_the_adaptor_as_published(sd15):
 def test_a_listed_schedule_is_told(unet):
     after, _ = cached(unet[0], cut="up_blocks.0", steps=[0, 2, 3], of=5)
     assert after.loop.schedule == Listed((0, 2, 3), 5)
-    with pytest.raises(Exception, match="it takes 0 and later ones, in order"):
+    with pytest.raises(UserError, match="0 and later steps below of, in order"):
         cached(unet[0], cut="up_blocks.0", steps=[1, 2], of=5)
