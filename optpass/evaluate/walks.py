@@ -10,7 +10,7 @@ from torch import Tensor
 from optpass.evaluate.difference import random_inputs, trial_inputs, trial_specs
 from optpass.ir.graph import FixedSpec
 from optpass.ir.interface import Interface
-from optpass.ir.loop import Adaptive, Cycle, Listed, Loop
+from optpass.ir.loop import Adaptive, Cycle, Loop
 from optpass.ir.program import InputRange
 
 STRIDE = 0.1
@@ -74,10 +74,11 @@ def timed_calls(
 ) -> list[dict[str, Tensor]]:
     """What a latency is taken of: one random call, or of a loop a walk through a period of its schedule.
 
-    What runs once a generation would be in every call of a walk of one: then there are :data:`UNCOUNTED` at least.
+    What runs once a generation would be in every call of a walk of one: then there are :data:`UNCOUNTED` at least,
+    unless the schedule is of fewer steps.
     """
     if loop is None or loop.stateless:
         return [random_inputs(call.inputs_at(), ranges, seed)]
     each = period(loop)
     periods = -(-UNCOUNTED // each) if loop.once or loop.tables else 1
-    return walk(loop, call.inputs_at(), ranges, seed, each if isinstance(loop.schedule, Listed) else periods * each)
+    return walk(loop, call.inputs_at(), ranges, seed, periods * each if isinstance(loop.schedule, Cycle) else each)
