@@ -16,8 +16,9 @@ from optpass.errors import UserError
 from optpass.evaluate.difference import IDENTICAL_DB, runners_difference
 from optpass.evaluate.latency import compare_latency
 from optpass.evaluate.quality import Evaluator, psnr
-from optpass.evaluate.walks import call_trials, timed_calls
+from optpass.evaluate.walks import call_trials, period, timed_calls
 from optpass.ir.interface import Interface
+from optpass.ir.loop import Cycle
 from optpass.ir.program import InputRange
 from optpass.runtime.bundle import MANIFEST, read_manifest
 from optpass.runtime.loading import load
@@ -79,9 +80,15 @@ def _trials(
     before: EngineModule, after: EngineModule, ranges: Mapping[str, InputRange], seed: int
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Calls to compare the answers of, and calls to time: for modules with a schedule, whole walks through it."""
-    looped = next((module for module in (after, before) if isinstance(module, LoopModule)), None)
+    looped = [module for module in (after, before) if isinstance(module, LoopModule)]
+    for module in looped:
+        if module.runner.uncounted:
+            module.steps = period(module.runner.loop)
+    loops = [module.runner.loop for module in looped]
+    # A schedule of so many steps takes fewer, and no more.
+    counted = [loop for loop in loops if not isinstance(loop.schedule, Cycle) and loop.schedule.of is not None]
+    loop = min(counted, key=period) if counted else next(iter(loops), None)
     call = Interface(after.inputs, after.outputs, after.dimensions)
-    loop = looped.runner.loop if looped else None
     return call_trials(call, ranges, seed, loop=loop), timed_calls(call, ranges, seed, loop=loop)
 
 

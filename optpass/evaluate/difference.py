@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from optpass.evaluate.walks import call_trials
+from optpass.evaluate.walks import call_trials, compared_calls
 from optpass.ir.graph import Graph
 from optpass.ir.interface import Interface, call_interface
 from optpass.ir.loop import LOOP
@@ -113,18 +113,21 @@ def program_difference(reference: Program, other: Program, *, trials: int = TRIA
         if name not in others:
             continue
         examples = call_trials(call, reference.ranges, seed, loop=loop, trials=trials)
-        expected = _answers(reference, name, examples)
-        found = _answers(other, name, examples)
+        steps = compared_calls(loop)
+        expected = _answers(reference, name, examples, steps)
+        found = _answers(other, name, examples, steps)
         for a, b in zip(expected, found, strict=True):
             worst = worst.worst(outputs_difference(a, b))
     return worst
 
 
-def _answers(program: Program, call: str, examples: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+def _answers(
+    program: Program, call: str, examples: Sequence[Mapping[str, Tensor]], steps: int
+) -> list[dict[str, Tensor]]:
     from optpass.runtime.loop import call_runners
 
     entries = list(program.entries) if program.loop else [call]
-    run = call_runners(program, program_runners(program, entries))[call]
+    run = call_runners(program, program_runners(program, entries), steps)[call]
     return [run(example) for example in examples]
 
 

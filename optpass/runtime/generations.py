@@ -182,8 +182,9 @@ class Generations:
         if self._started_in_a_row == SUSPICIOUS:
             log.warning(
                 "%d calls in a row each started a generation, so nothing was reused: conditioning that changes at "
-                "every step, timesteps that ascend (set module.ascending = True), or a sampler that draws new "
-                "noise at every step (set module.correlation = -1, and use the module for one generation at a time)",
+                "every step, a sample that stays, timesteps that ascend (set module.ascending = True), or a sampler "
+                "that draws new noise at every step (set module.correlation = -1, and use the module for one "
+                "generation at a time)",
                 SUSPICIOUS,
             )
 

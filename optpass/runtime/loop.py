@@ -76,6 +76,11 @@ class LoopRunner:
         if self.steps is not None or self._policy is not None:
             self.steps = number
 
+    @property
+    def uncounted(self) -> bool:
+        """Whether the schedule has to be told the number of steps, and was not."""
+        return self.steps is None and self._policy is not None and self._policy.counts
+
     def _step(self, generation: Generation, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._check_count(generation)
         available = dict(tensors)
@@ -188,9 +193,20 @@ class LoopRunner:
         return self._table.row(entry, given, made)
 
 
-def call_runners(program: Program, runners: Mapping[str, Runner]) -> dict[str, Runner]:
-    """What answers calls of ``program``: a loop over ``runners``, its entries', under :data:`LOOP`; or each of them."""
-    return {LOOP: LoopRunner(program.loop, program.interfaces, runners)} if program.loop else dict(runners)
+def call_runners(program: Program, runners: Mapping[str, Runner], steps: int | None = None) -> dict[str, Runner]:
+    """What answers calls of ``program``: a loop over ``runners``, its entries', under :data:`LOOP`; or each of them.
+
+    A schedule that has to know the number of steps is told ``steps``, or that of a walk
+    (:mod:`optpass.evaluate.walks`).
+    """
+    from optpass.evaluate.walks import period
+
+    if program.loop is None:
+        return dict(runners)
+    runner = LoopRunner(program.loop, program.interfaces, runners)
+    if runner.uncounted:
+        runner.set_steps(steps or period(program.loop))
+    return {LOOP: runner}
 
 
 def _policy(loop: Loop, interfaces: Mapping[str, Interface]) -> Policy | None:

@@ -72,7 +72,7 @@ class LoopModule(EngineModule):
         if isinstance(schedule, Listed) and number != schedule.of:
             raise UserError(
                 f"the schedule lists which of {schedule.of} steps are computed, and does not serve {number}: "
-                "calibrate for that number"
+                f"take {schedule.of} steps, or calibrate for that number"
             )
         self.runner.set_steps(number)
 
