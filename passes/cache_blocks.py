@@ -35,6 +35,8 @@ from optpass.rewrite.stepping import computed_entry, stepped, unique_name
 
 FULL, REUSE = "full", "reuse"
 HEAD, BODY, TAIL = "head", "body", "tail"
+LONGEST_CYCLE = 1000
+"""Steps after which every attention is computed again, whatever the intervals: models are trained on as many."""
 OPTIONS = {
     "interval": {"head", "every", "steps", "of", "within"},
     "taylor": {"head", "every", "steps", "of", "within", "order"},
@@ -206,7 +208,7 @@ class CacheBlocks(Pass):
         entries: dict[str, Graph] = {}
         variants: dict[str, tuple[str, ...]] = {}
         cycle = []
-        for step in range(lcm(*(getattr(self, word) for word in words))):
+        for step in range(min(lcm(*(getattr(self, word) for word in words)), LONGEST_CYCLE)):
             reused = [word for word in words if step % getattr(self, word)]
             variant = "-".join([REUSE, *reused]) if reused else FULL
             entry = variant if reused else site.entry

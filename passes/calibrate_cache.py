@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -188,7 +189,9 @@ class _Search:
         """
         if speedup is not None:
             if (most := self._speedup(self._family.last)) < speedup:
-                raise UserError(f"a speed-up of {speedup:g} is out of reach: reusing most, this loop has {most:.3g}")
+                # Rounded down, or 1.1 would be out of reach of 1.1.
+                found = math.floor(1000 * most) / 1000
+                raise UserError(f"a speed-up of {speedup:g} is out of reach: reusing most, this loop has {found:g}")
             return self._trial(1 + self._boundary(lambda index: self._speedup(index) < speedup))
         assert psnr is not None
         if (least := self._trial(1).psnr) < psnr:

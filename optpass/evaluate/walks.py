@@ -17,13 +17,16 @@ STRIDE = 0.1
 """How far a sample goes in one call of a walk; 1 would be to another noise."""
 UNCOUNTED = 8
 """Calls of a walk where the schedule has no period."""
+LONGEST = 50
+"""Calls of a period that are made at most: a schedule that computes once in a thousand steps is as good as told by
+those of a generation."""
 
 
 def period(loop: Loop) -> int:
-    """Calls after which the schedule begins again."""
+    """Calls after which the schedule begins again, or :data:`LONGEST`."""
     match loop.schedule:
         case Cycle(variants):
-            return len(variants)
+            return min(len(variants), LONGEST)
         case Adaptive(of=None):
             return UNCOUNTED
     assert loop.schedule.of is not None

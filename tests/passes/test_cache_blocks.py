@@ -16,8 +16,9 @@ from optpass.capture.spans import Span
 from optpass.errors import UserError
 from optpass.evaluate.difference import program_runners
 from optpass.evaluate.trials import random_inputs
+from optpass.evaluate.walks import compared_calls
 from optpass.ir.interface import call_interface
-from optpass.ir.loop import Adaptive, single_step
+from optpass.ir.loop import Adaptive, Cycle, single_step
 from optpass.ir.program import InputRange, Origin, Program
 from optpass.ir.text import graph_text, loop_text
 from optpass.ir.weights import Absent, WeightStore
@@ -476,6 +477,16 @@ def test_attention_of_some_blocks_and_kinds(models):
     reasons = {item.path: item.reason for item in record.declined}
     assert reasons["transformer_blocks.0.attn1"] == "outside of the blocks '1-2'"
     assert reasons["temporal_transformer_blocks.2.attn1"] == "with temporal: 1 it is computed in every step"
+
+
+def test_intervals_without_a_common_period(models):
+    """Nobody waits for the product of three primes."""
+    program, _ = models("Latte-1")
+    after, _ = cache(program, method="attention", spatial=997, temporal=991, cross=983)
+    assert after.loop is not None
+    assert isinstance(after.loop.schedule, Cycle)
+    assert len(after.loop.schedule.variants) == 1000
+    assert compared_calls(after.loop) == 100
 
 
 @pytest.mark.parametrize("options", [{"method": "threshold", "threshold": 0.05}, {"method": "taylor"}])
