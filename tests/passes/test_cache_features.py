@@ -437,5 +437,5 @@ def test_the_adaptor_as_published(sd15):
 def test_a_listed_schedule_is_told(unet):
     after, _ = cached(unet[0], cut="up_blocks.0", steps=[0, 2, 3], of=5)
     assert after.loop.schedule == Listed((0, 2, 3), 5)
-    with pytest.raises(UserError, match="0 and later steps below of, in order"):
+    with pytest.raises(ValueError, match="0 and later steps below of, in order"):
         cached(unet[0], cut="up_blocks.0", steps=[1, 2], of=5)
