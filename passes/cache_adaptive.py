@@ -16,15 +16,15 @@ from optpass.analysis.module_paths import matches
 from optpass.analysis.residuals import Residual, residuals
 from optpass.errors import UserError, nearest
 from optpass.ir.graph import Graph, example_shape
-from optpass.ir.loop import PAST, PRESENT, Adaptive, Loop, metric, past, present
+from optpass.ir.loop import CHANGE, MOTION, PAST, PRESENT, Adaptive, Loop, metric, past, present
 from optpass.ir.program import Program
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context, Pass
 from optpass.rewrite.block_caches import interval_entries, stream_changes
 from optpass.rewrite.change_metrics import mean, motion, relative_change
 from optpass.rewrite.shortcuts import NotCarriedError
-from optpass.rewrite.stepping import computed_entry, stepped, unique_name
-from optpass.runtime.policies import CHANGE, MOTION, RateCodebook
+from optpass.rewrite.stepping import computed_entry, stepped, unique_name, without_loop
+from optpass.runtime.policies import RateCodebook
 
 aten = torch.ops.aten
 FULL, REUSE = "full", "reuse"
@@ -73,9 +73,7 @@ class CacheAdaptive(Pass):
         return book
 
     def requires(self, program: Program) -> list[str]:
-        if program.loop is None:
-            return ["the model has no sampling loop (no input that is a noisy sample, or none that is a timestep)"]
-        return []
+        return without_loop(program)
 
     def run(self, program: Program, context: Context) -> Program:
         assert program.loop is not None

@@ -31,7 +31,7 @@ from optpass.rewrite.block_caches import (
     threshold_entries,
 )
 from optpass.rewrite.shortcuts import NotCarriedError
-from optpass.rewrite.stepping import computed_entry, stepped, unique_name
+from optpass.rewrite.stepping import computed_entry, stepped, unique_name, without_loop
 
 FULL, REUSE = "full", "reuse"
 HEAD, BODY, TAIL = "head", "body", "tail"
@@ -124,9 +124,7 @@ class CacheBlocks(Pass):
         return self
 
     def requires(self, program: Program) -> list[str]:
-        if program.loop is None:
-            return ["the model has no sampling loop (no input that is a noisy sample, or none that is a timestep)"]
-        return []
+        return without_loop(program)
 
     def run(self, program: Program, context: Context) -> Program:
         assert program.loop is not None

@@ -19,6 +19,7 @@ from optpass.pipeline.contract import Contract, approximate, retrain
 from optpass.pipeline.passes import Context, Pass
 from optpass.rewrite.adaptor import AdaptorInputs, adaptor_inputs, write_adaptor
 from optpass.rewrite.splitting import subgraph
+from optpass.rewrite.stepping import without_loop
 
 FEATURE, REUSE = "feature", "reuse"
 
@@ -69,7 +70,7 @@ class CacheFeatures(Pass):
 
     def requires(self, program: Program) -> list[str]:
         if program.loop is None:
-            return ["the model has no loop: it is called with no sample and timestep"]
+            return without_loop(program)
         found = None if _idle(self, program.loop) else self._cut(program)
         return [found] if isinstance(found, str) else []
 

@@ -22,7 +22,7 @@ from optpass.pipeline.contract import exact
 from optpass.pipeline.passes import Context, Pass
 from optpass.rewrite.joining import joined
 from optpass.rewrite.splitting import subgraph, unread_inputs
-from optpass.rewrite.stepping import results, unique_name
+from optpass.rewrite.stepping import results, unique_name, without_loop
 
 PREPARE, EMBED = "prepare", "embed"
 
@@ -53,9 +53,7 @@ class HoistInvariants(Pass):
     contract = exact(rtol=1e-6)
 
     def requires(self, program: Program) -> list[str]:
-        if program.loop is None:
-            return ["the model has no loop: no sampler calls it at every step, with a noisy sample and a timestep"]
-        return []
+        return without_loop(program)
 
     def run(self, program: Program, context: Context) -> Program:
         loop = program.loop

@@ -26,6 +26,8 @@ LONGEST = 2048
 """Steps that a period may have."""
 LOOP = "loop"
 """What the call of a whole loop is called, where calls of entries go by their names."""
+CHANGE, MOTION = "change", "motion"
+"""Metrics: how much something has changed since the last computed step, and how much differs from frame to frame."""
 ELAPSED, INTERVALS = "elapsed", "intervals"
 """Clocks: steps since the last computed one, f32 []; and the distance of the last two computed ones, f32 [m].
 

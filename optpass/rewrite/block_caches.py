@@ -17,7 +17,7 @@ from optpass.analysis.boundaries import ancestors
 from optpass.analysis.residuals import Residual
 from optpass.ir.graph import Graph, path_of, value_of
 from optpass.ir.interface import Interface
-from optpass.ir.loop import ELAPSED, INTERVALS, clock, metric, past, present
+from optpass.ir.loop import CHANGE, ELAPSED, INTERVALS, clock, metric, past, present
 from optpass.rewrite.change_metrics import relative_change
 from optpass.rewrite.crossing import crossing
 from optpass.rewrite.shortcuts import NotCarriedError, shortcut
@@ -25,8 +25,6 @@ from optpass.rewrite.splitting import subgraph, unread_inputs
 from optpass.rewrite.stepping import results, unique_name
 
 aten = torch.ops.aten
-CHANGE = "change"
-"""The metric that tells how much the first blocks' residual has changed since the last computed step."""
 
 
 NOTHING: Mapping[str, Node] = MappingProxyType({})

@@ -12,6 +12,13 @@ from optpass.ir.loop import PRESENT, Loop, Schedule, State
 from optpass.ir.program import Program
 
 
+def without_loop(program: Program) -> list[str]:
+    """Why a pass that changes how steps are made cannot run on ``program``; empty when it can."""
+    if program.loop is not None:
+        return []
+    return ["the model has no loop: none of its inputs is a noisy sample, or none is a timestep"]
+
+
 def computed_entry(loop: Loop) -> str | None:
     """The one entry that makes every step so far; ``None`` where a pass has split the steps before."""
     chains = list(loop.variants.values())

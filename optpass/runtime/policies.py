@@ -6,9 +6,8 @@ from typing import ClassVar, Self
 
 from pydantic import Field, field_validator
 
+from optpass.ir.loop import CHANGE, MOTION
 from optpass.runtime.policy import Moment, Policy
-
-CHANGE, MOTION = "change", "motion"
 
 
 class Threshold(Policy):

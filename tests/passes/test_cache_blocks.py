@@ -194,7 +194,7 @@ def test_refuses_what_is_not_there(capture_module):
         cache(program, within=(500, 0))
     with pytest.raises(UserError, match="blocks says where the range begins, and head would"):
         cache(program, blocks="1-2", head=2)
-    with pytest.raises(UserError, match="no sampling loop"):
+    with pytest.raises(UserError, match="the model has no loop"):
         cache(replace(program, loop=None))
 
 

@@ -7,8 +7,9 @@ import math
 import pytest
 
 from optpass.errors import UserError
+from optpass.ir.loop import CHANGE, MOTION
 from optpass.pipeline.registry import policy_class
-from optpass.runtime.policies import CHANGE, MOTION, RateCodebook, Threshold
+from optpass.runtime.policies import RateCodebook, Threshold
 from optpass.runtime.policy import Moment, Policy
 
 FAST = {0.08: 6, 0.16: 5, 0.24: 4, 0.32: 3, 0.40: 2, 1: 1}
