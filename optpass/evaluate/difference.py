@@ -155,7 +155,8 @@ def _graph_runner(graph: Graph, weights: WeightStore, values: Mapping[str, Tenso
     specs, names = graph.inputs, graph.signature.outputs
 
     def run(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with torch.inference_mode():
+        # Not in inference mode: pipelines may write into what a model gave.
+        with torch.no_grad():
             results = module(*(tensors[spec.name].to(spec.dtype) for spec in specs))
         return dict(zip(names, results, strict=True))
 

@@ -237,6 +237,18 @@ def test_the_callers_tensors_may_be_written_over():
     assert torch.equal(module(sample, torch.tensor(800.0), context), fresh(sample, torch.tensor(800.0), context))
 
 
+def test_the_answer_may_be_written_over():
+    program, net = cached()
+    module, expected = looped(program), Eager(net, lambda step: step % 2 == 0)
+    sample = torch.randn(2, 4)
+    for index in range(4):
+        question = sample.clone(), torch.tensor(900.0 - index), CONTEXT
+        answer = module(*question)
+        assert torch.equal(answer, expected(*question))
+        answer.fill_(torch.nan)
+        sample += 0.01 * torch.randn(2, 4)
+
+
 def test_another_batch_is_refused_and_nothing_is_lost():
     module = looped(cached()[0])
     generation(module, 0, 2, CONTEXT)
