@@ -281,10 +281,7 @@ def test_refusals(unet):
     # The last up block reads every fresh value that there is.
     assert refused(program, cut="up_blocks.1", at="input").endswith("enters up_blocks.1 would not see sample")
     small, _ = capture_module(Pointwise, sample=torch.zeros(2, 4), timestep=torch.tensor(1.0))
-    assert (
-        refused(small, cut="gate")
-        == "the model has no loop: none of its inputs is a noisy sample, or none is a timestep"
-    )
+    assert refused(small, cut="gate").startswith("the model has no loop")
     looped = replace(small, loop=single_step("full", small.entries["full"].signature))
     assert refused(looped, cut="gate") == "a step that reuses what leaves gate would save no product"
 
