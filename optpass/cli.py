@@ -351,7 +351,10 @@ def run(
     labels: Annotated[
         str, typer.Option(help="Class labels, comma-separated, taken in turn; the first ten by default.")
     ] = "",
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Sampling steps; 20, or as many as the bundle's schedule was made for."),
+    ] = None,
     guidance: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(help="Classifier-free guidance scale; the pipeline's own by default."),
@@ -453,7 +456,10 @@ def compare(
     reference: Annotated[str, typer.Argument(help="A bundle, or a checkpoint (run by PyTorch).")],
     bundle: Annotated[Path, typer.Argument(help="The bundle to compare.")],
     samples: Annotated[int, typer.Option(min=0, help="Samples for the quality metrics; 0 leaves them out.")] = 10,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Sampling steps; 20, or as many as the bundle's schedule was made for."),
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed calls of each, alternating.")] = 20,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Json = False,

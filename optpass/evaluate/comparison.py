@@ -42,12 +42,14 @@ def compare(
     bundle: Path,
     *,
     samples: int = 10,
-    steps: int = 20,
+    steps: int | None = None,
     runs: int = 20,
     seed: int = 0,
     progress: Callable[[str, float], None] = lambda stage, fraction: None,
 ) -> dict[str, Any]:
     """Numeric difference on random inputs, latency in alternating calls, samples at equal seeds.
+
+    ``steps`` are those of the samples, as many as the bundle's schedule was made for by default.
 
     Raises:
         UserError: a side cannot be loaded, or the two take or return different tensors.
@@ -72,7 +74,7 @@ def compare(
         "bundle": str(bundle),
         "difference": difference.as_dict(),
         "latency": latency.as_dict(),
-        "samples": _compare_samples(before, after, samples, steps, seed, progress),
+        "samples": _compare_samples(before, after, samples, steps or manifest.usual_steps, seed, progress),
     }
 
 

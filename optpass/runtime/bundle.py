@@ -20,7 +20,7 @@ from optpass.ir.graph import TensorSpec
 from optpass.ir.guards import Guard, identifier
 from optpass.ir.hashing import file_digest
 from optpass.ir.interface import Interface
-from optpass.ir.loop import Loop, single_step
+from optpass.ir.loop import Listed, Loop, single_step
 from optpass.ir.loop_legality import loop_problems
 from optpass.ir.program import InputRange, Program
 from optpass.ir.signature import Signature
@@ -35,6 +35,8 @@ COMPONENTS = "components"
 REFIT = "refit"
 SLOTS_FILE = ".slots.data"
 SCHEMA = 3
+STEPS = 20
+"""Sampling steps where neither the user nor the bundle says how many."""
 
 
 class FileRecord(BaseModel):
@@ -202,6 +204,12 @@ class Manifest(PartRecord):
     def all_parts(self) -> list[PartRecord]:
         """The main part and the others."""
         return [self, *self.parts]
+
+    @property
+    def usual_steps(self) -> int:
+        """Sampling steps where nobody says how many: of a schedule that lists steps, those that it was made for."""
+        loop = self.driven()
+        return loop.schedule.of if loop and isinstance(loop.schedule, Listed) else STEPS
 
     def part(self, component: str | None) -> PartRecord:
         """The part of a component; ``None`` for the main one.

@@ -46,7 +46,10 @@ def sample(
     if manifest.components is None:
         names = ", ".join(f"{name}=FILE.npy" for name in (spec.name for spec in load(bundle).inputs))
         raise UserError(f"{bundle} carries no pipeline to sample with; call its engine with --input {names}")
-    asked = replace(asked, call={**manifest.call, **asked.call}, image=_read_image(image) if image else None)
+    steps = asked.steps or manifest.usual_steps
+    asked = replace(
+        asked, steps=steps, call={**manifest.call, **asked.call}, image=_read_image(image) if image else None
+    )
     pipeline = load_pipeline(bundle)
     start = time.perf_counter()
     made = drive(
