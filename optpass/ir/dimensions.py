@@ -125,6 +125,14 @@ class Dimensions:
         known = {identifier(name): size for name, size in sizes.items()}
         return next((guard for guard in self.guards if not Guard(guard).holds(known)), "")
 
+    @staticmethod
+    def joined(each: Iterable[Dimensions]) -> Dimensions:
+        """Those of several graphs of one capture, each dimension and guard once."""
+        parts = list(each)
+        items = {item.name: item for part in parts for item in part}
+        guards = dict.fromkeys(guard for part in parts for guard in part.guards)
+        return Dimensions(tuple(items.values()), tuple(guards))
+
     def restricted(self, symbols: Collection[str]) -> Dimensions:
         """The dimensions of ``symbols`` alone, with the guards that speak of no other."""
         items = tuple(item for item in self.items if item.symbol in symbols)

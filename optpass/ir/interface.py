@@ -58,10 +58,8 @@ def call_interface(loop: Loop, entries: Mapping[str, Interface]) -> Interface:
     running = [entries[name] for name in loop.entries]
     inputs = {spec.name: spec for entry in running for spec in entry.inputs}
     outputs = {spec.name: spec for entry in running for spec in entry.outputs}
-    items = {item.name: item for entry in running for item in entry.dimensions}
-    guards = dict.fromkeys(guard for entry in running for guard in entry.dimensions.guards)
     return Interface(
         tuple(inputs[name] for name in loop.signature.inputs),
         tuple(outputs[name] for name in loop.signature.outputs),
-        Dimensions(tuple(items.values()), tuple(guards)),
+        Dimensions.joined(entry.dimensions for entry in running),
     )

@@ -53,10 +53,5 @@ def joined(
         places.append(place)
     output = whole.output(tuple(outputs.values()))
     output.meta = dict(graphs[0].output_node.meta)
-    return Graph(whole, Signature.flat(inputs, outputs), _dimensions(graphs)), places
-
-
-def _dimensions(graphs: Sequence[Graph]) -> Dimensions:
-    items = {item.name: item for graph in graphs for item in graph.dimensions}
-    guards = dict.fromkeys(guard for graph in graphs for guard in graph.dimensions.guards)
-    return Dimensions(tuple(items.values()), tuple(guards))
+    dimensions = Dimensions.joined(graph.dimensions for graph in graphs)
+    return Graph(whole, Signature.flat(inputs, outputs), dimensions), places
