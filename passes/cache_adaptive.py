@@ -13,7 +13,7 @@ from optpass.analysis.block_ranges import BlockRange, NoRangeError, block_range
 from optpass.analysis.blocks import stacks
 from optpass.analysis.boundaries import depending_on
 from optpass.analysis.module_paths import matches
-from optpass.analysis.residuals import Residual, residuals
+from optpass.analysis.residuals import Residual, residuals, with_inner
 from optpass.errors import UserError, nearest
 from optpass.ir.graph import Graph, example_shape
 from optpass.ir.loop import CHANGE, MOTION, PAST, PRESENT, Adaptive, Loop, metric, past, present
@@ -91,7 +91,8 @@ class CacheAdaptive(Pass):
         return after
 
     def _split(self, program: Program, loop: Loop, entry: str) -> tuple[Program, BlockRange]:
-        graph = program.entries[entry]
+        # A refusal comes after the first insertions: the Program stays as it was.
+        graph = program.entries[entry].copy()
         found = residuals(graph)
         sampled = depending_on(graph, [loop.sample])
         span = block_range(graph, stacks(graph, found), sampled, self.blocks, 0)
@@ -111,7 +112,7 @@ class CacheAdaptive(Pass):
         Raises:
             UserError: ``measure`` names none.
         """
-        inside = [residual for block in span.blocks for residual in _with_inner(block.residuals)]
+        inside = [residual for block in span.blocks for residual in with_inner(block.residuals)]
         if self.measure:
             patterns = self.measure.replace(",", " ").split()
             named = [residual for residual in inside if matches(residual.branch_path, patterns)]
@@ -172,10 +173,6 @@ class CacheAdaptive(Pass):
             if self.motion_steps is not None:
                 options["motion_steps"] = list(self.motion_steps)
         return options
-
-
-def _with_inner(found: Sequence[Residual]) -> list[Residual]:
-    return [item for residual in found for item in (residual, *_with_inner(residual.inner))]
 
 
 def _paths(found: Sequence[Residual]) -> list[str]:

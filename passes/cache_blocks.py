@@ -16,7 +16,7 @@ from optpass.analysis.block_ranges import BlockRange, NoRangeError, block_range
 from optpass.analysis.blocks import stacks
 from optpass.analysis.boundaries import depending_on
 from optpass.analysis.mac_rules import macs_of
-from optpass.analysis.residuals import Kind, Residual, Residuals, residuals
+from optpass.analysis.residuals import Kind, Residual, Residuals, residuals, with_inner
 from optpass.ir.graph import Graph, example_shape, operators
 from optpass.ir.loop import Adaptive, Cycle, Listed, Loop, every
 from optpass.ir.program import Program
@@ -222,7 +222,7 @@ class CacheBlocks(Pass):
         inside = None
         if self.blocks:
             span = block_range(site.graph, stacks(site.graph, site.found), site.sampled, self.blocks, 0)
-            inside = {residual for block in span.blocks for residual in _with_inner(block.residuals)}
+            inside = {residual for block in span.blocks for residual in with_inner(block.residuals)}
         chosen = []
         for word, kind in KINDS.items():
             for residual in site.found.of_kind(kind):
@@ -276,10 +276,6 @@ def _always_computes(schedule: Cycle | Listed) -> bool:
     if isinstance(schedule, Listed):
         return len(schedule.computed) == schedule.of
     return REUSE not in schedule.variants
-
-
-def _with_inner(found: Sequence[Residual]) -> list[Residual]:
-    return [item for residual in found for item in (residual, *_with_inner(residual.inner))]
 
 
 def _macs(program: Program, variant: str) -> int:

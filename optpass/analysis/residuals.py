@@ -88,6 +88,11 @@ def residuals(graph: Graph) -> Residuals:
     return Residuals(tuple(finder.found.values()), tuple(finder.refused))
 
 
+def with_inner(found: Iterable[Residual]) -> list[Residual]:
+    """``found``, each with those that lie in its branch behind it."""
+    return [item for residual in found for item in (residual, *with_inner(residual.inner))]
+
+
 class _Finder:
     def __init__(self, graph: Graph) -> None:
         self.order = {node: index for index, node in enumerate(graph.fx.nodes)}

@@ -25,6 +25,7 @@ from optpass.ir.program import InputRange, Program
 from optpass.passes.cache_adaptive import PRESETS, CacheAdaptive
 from optpass.pipeline.manager import run_passes
 from optpass.pipeline.recipe import Step, find_recipe, load_recipe
+from optpass.rewrite.shortcuts import NotCarriedError
 from optpass.runtime.looped import program_module
 from optpass.testing import capture_module
 
@@ -321,6 +322,15 @@ def test_latte_measures_its_middle_attention_over_frames(tmp_path):
     assert (full, reuse) == (50, 0)
     cost = measure(after).entries
     assert cost["reuse"].totals.macs < 0.05 * cost["full"].totals.macs
+
+
+def test_a_refusal_after_the_first_insertions_changes_nothing(captured, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise NotCarriedError("a stream ends")
+
+    monkeypatch.setattr("optpass.passes.cache_adaptive.interval_entries", refuse)
+    _, [record] = run_passes(captured[0], [Step("cache-adaptive", CacheAdaptive(codebook=BOOK))])  # type: ignore[call-arg]
+    assert (record.modified, [item.reason for item in record.declined]) == (False, ["a stream ends"])
 
 
 def test_a_model_without_a_loop_is_refused(captured):
