@@ -104,6 +104,11 @@ class Unit:
             return self.mixes == {kind}
         return all(branch.is_kind(kind) for branch in self.branches)
 
+    def is_named(self, patterns: Sequence[str], *, whole: bool = True) -> bool:
+        """Whether patterns of module paths mean every branch, or with ``whole=False`` some branch."""
+        named = [branch.is_named(patterns) for branch in self.branches]
+        return all(named) if whole else any(named)
+
     def parts(self) -> Iterable[Unit]:
         """The next smaller units: each branch by itself, or what lies within the only one."""
         if len(self.branches) == 1:

@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.fx import Node
 
 from optpass.analysis.carriers import REARRANGEMENTS
 from optpass.analysis.operators import aten
+from optpass.analysis.places import Place, Places
 from optpass.analysis.units import Branch, Unit
 from optpass.ir.graph import Graph, value_of
+from optpass.ir.program import Program
 from optpass.ir.weights import Constant, Expression
 from optpass.rewrite.rules import replace
 from optpass.rewrite.shortcuts import unmoved
+from optpass.rewrite.unread_states import without_unread_states
 
 GATE = "prune_gate"
 """The last part of the names of gates, f32 [1]."""
+OPEN = Constant(torch.ones(1))
+
+
+def without_units(program: Program, chosen: Places) -> Program:
+    """``program`` without ``chosen`` units of its graphs, which are edited, and what only they needed."""
+    for entry, found in _by_entry(chosen).items():
+        remove(program.entries[entry], found)
+        program.entries[entry].remove_dead_code()
+    return without_unread_states(program).pruned()
+
+
+def with_gates(program: Program, chosen: Places) -> Program:
+    """``program`` with a gate on each of the ``chosen`` units of its graphs, which are edited.
+
+    x + f(x) → x + z·f(x) for every branch of a unit, and a·x + b·y → (1 − z·b)·x + z·b·y; z, a new weight, is 1. At 1
+    the function is what it was, at 0 the unit is as good as removed.
+    """
+    weights: dict[str, Expression] = {}
+    for entry, found in _by_entry(chosen).items():
+        graph = program.entries[entry]
+        order = {node: index for index, node in enumerate(graph.fx.nodes)}
+        branches = [(branch, gate_of(unit)) for unit in found for branch in unit.branches]
+        # From the last on: what a later branch reads of an earlier one is still in its place.
+        for branch, name in sorted(branches, key=lambda pair: -order[pair[0].residual.add]):
+            weights[name] = OPEN
+            _gate(graph, branch, name)
+    return program.with_weights(weights)
+
+
+def _by_entry(chosen: Mapping[str, list[Place]]) -> dict[str, list[Unit]]:
+    found: dict[str, list[Unit]] = {}
+    for place in (place for members in chosen.values() for place in members):
+        found.setdefault(place.entry, []).append(place.unit)
+    return found
 
 
 def remove(graph: Graph, chosen: Iterable[Unit]) -> None:
@@ -53,21 +90,14 @@ def gate_of(unit: Unit) -> str:
     return f"{unit.path}.{GATE}"
 
 
-def gate(graph: Graph, unit: Unit) -> dict[str, Expression]:
-    """x + f(x) → x + z·f(x) for every branch of ``unit``, and a·x + b·y → (1 − z·b)·x + z·b·y; z as a new weight, 1.
-
-    At 1 the function is what it was, at 0 the unit is as good as removed.
-    """
-    name, expression = gate_of(unit), Constant(torch.ones(1))
-    for branch in unit.branches:
-        add = branch.residual.add
-        with graph.before(add):
-            z = graph.weight(name, expression, like=add)
-            if (dtype := value_of(branch.residual.branch).dtype) != torch.float32:
-                z = graph.call(aten.to.dtype, z, dtype, like=add)
-            result = _gated_blend(graph, branch, z) if branch.blend else _gated_sum(graph, branch, z)
-        replace(add, result)
-    return {name: expression}
+def _gate(graph: Graph, branch: Branch, name: str) -> None:
+    add = branch.residual.add
+    with graph.before(add):
+        z = graph.weight(name, OPEN, like=add)
+        if (dtype := value_of(branch.residual.branch).dtype) != OPEN.dtype:
+            z = graph.call(aten.to.dtype, z, dtype, like=add)
+        result = _gated_blend(graph, branch, z) if branch.blend else _gated_sum(graph, branch, z)
+    replace(add, result)
 
 
 def _gated_sum(graph: Graph, branch: Branch, z: Node) -> Node:
