@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from optpass.analysis.axes.algebra import Algebra
 from optpass.analysis.axes.structure import UNIT, Size, Structure, is_unit
-from optpass.analysis.operators import argument
+from optpass.analysis.operators import MASKING, POINTWISE_UNARY, argument
 from optpass.ir.graph import path_of
 from optpass.ir.sizes import is_size, size_of, sizes_of
 
@@ -163,6 +163,8 @@ def number(value: Any) -> Size:
 
 def _is_pointwise(node: Node) -> bool:
     target = node.target
+    if target in POINTWISE_UNARY or target in MASKING:
+        return True
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
