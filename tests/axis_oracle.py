@@ -69,9 +69,9 @@ class _Run:
             return value
         for dim, structure in enumerate(self.found.of(node)):
             if _is_cut(structure, self.kept):
-                mask = torch.zeros(structure.size, dtype=value.dtype)
-                mask[kept_indices(structure, self.kept)] = 1
-                value = value * mask.reshape([-1 if i == dim else 1 for i in range(value.ndim)])
+                removed = torch.ones(structure.size, dtype=torch.bool)
+                removed[kept_indices(structure, self.kept)] = False
+                value = value.masked_fill(removed.reshape([-1 if i == dim else 1 for i in range(value.ndim)]), 0)
         return value
 
     def _norm(self, node: Node, values: dict[Node, object]) -> object:

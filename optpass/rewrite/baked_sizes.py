@@ -18,7 +18,7 @@ import torch
 from torch.fx import Node
 
 from optpass.analysis.axes.rules import Walk, dimension, number
-from optpass.analysis.axes.structure import Atom, Concatenation, Size, Structure, factors, product, quotient, resolved
+from optpass.analysis.axes.structure import Concatenation, Size, Structure, factors, product, quotient, resolved
 from optpass.analysis.operators import CONVOLUTIONS, argument, aten
 from optpass.analysis.pieces import SPLITS, piece_of
 from optpass.ir.graph import Graph, shape_of
@@ -69,7 +69,7 @@ class NewSizes:
                     return total + self.before(part, offset)
                 total, offset = total + self.size(part), offset - part.size
             return total
-        outer, *inner = [structure] if isinstance(structure, Atom) else factors(structure)
+        outer, *inner = factors(structure)
         row = product(inner)
         rows = quotient(offset, row.size) if inner else None
         if rows is None:
@@ -129,6 +129,34 @@ def shaped(node: Node, sizes: NewSizes) -> Arguments:
 def new(node: Node, sizes: NewSizes) -> Arguments:
     """The shape."""
     return {"size": _changed(argument(node, "size"), sizes.of(node))}
+
+
+@size_rule(aten.arange.default)
+def counted(node: Node, sizes: NewSizes) -> Arguments:
+    """The end, where counting begins at 0."""
+    return {"end": _changed([argument(node, "end")], sizes.of(node))[0]}
+
+
+@size_rule(
+    *(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec),
+    *(aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_linear1d.vec),
+)
+def interpolated(node: Node, sizes: NewSizes) -> Arguments:
+    """The size, where it is no factor: that of the axis elsewhere, or as many times the operand's as before."""
+    source: Any = node.args[0]
+    asked = argument(node, "output_size")
+    if asked is None:
+        return {}
+    rank = len(asked)
+    before, operand, after = shape_of(source)[-rank:], sizes.of(source)[-rank:], sizes.of(node)[-rank:]
+    return {"output_size": [_interpolated(*item) for item in zip(asked, before, operand, after, strict=True)]}
+
+
+def _interpolated(asked: Any, before: Size, operand: Size, after: Size) -> Any:
+    if number(asked) != after or operand == before:
+        return asked if number(asked) == after else after
+    whole = quotient(number(asked) * operand, before)
+    return asked if whole is None else whole
 
 
 @size_rule(aten.repeat.default, aten.tile.default)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch.fx import Node
 
 from optpass.analysis.axes.rules import Role, Walk
-from optpass.analysis.axes.structure import Atom, Size, Structure, atoms
+from optpass.analysis.axes.structure import Atom, Structure, atoms
 
 Kind = Literal["conv", "ffn", "heads", "head-dim", "stream", "other"]
 

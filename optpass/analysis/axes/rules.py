@@ -35,7 +35,7 @@ RULES: dict[Any, Rule] = {}
 
 
 def axis_rule(*operators: Any) -> Callable[[Function], Function]:
-    """Register a function ``(node, walk) → dimensions of the result`` for ``operators``; the last one registered holds."""
+    """Register ``(node, walk) → dimensions of the result`` for ``operators``; the last one registered holds."""
 
     def register(rule: Function) -> Function:
         RULES.update(dict.fromkeys(operators, rule))
@@ -128,7 +128,7 @@ class Walk:
         return tuple(changes.get(index, structure) for index, structure in enumerate(dims))
 
     def resampled(self, structure: Structure, size: Size, reason: str, *, same: bool = False) -> Structure:
-        """What neighbours along ``structure`` are mixed into: itself where ``same`` says so, a new dimension elsewhere."""
+        """What neighbours along ``structure`` are mixed into: itself if ``same`` and as long, else a new dimension."""
         if is_unit(structure) and size == 1:
             return UNIT
         self.fix(structure, reason)

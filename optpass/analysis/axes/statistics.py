@@ -53,7 +53,7 @@ def batch_norm(node: Node, walk: Walk) -> Results:
 def along(node: Node, walk: Walk) -> Dims:
     """Every element depends on the others along a dimension."""
     dims = walk.of(node.args[0])
-    walk.fix(dims[dimension(node, "dim", len(dims))], f"{node.target} runs over it")  # type: ignore[arg-type]
+    walk.fix(dims[dimension(node, "dim", len(dims))], f"{node.target} runs over it")
     return dims
 
 
@@ -71,9 +71,7 @@ def statistic(node: Node, walk: Walk) -> Dims:
     return _reduced(node, walk, dims, lambda structure: walk.normalised.append(Normalised(node, structure)))
 
 
-@axis_rule(
-    aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.argmax.default, aten.any.dim, aten.all.dim
-)
+@axis_rule(aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.argmax.default, aten.any.dim, aten.all.dim)
 def reduction(node: Node, walk: Walk) -> Dims:
     """Without some dimensions, or with 1 element of them."""
     dims = walk.of(node.args[0])
