@@ -43,7 +43,7 @@ class DropAttentionLevel(Pass):
         tops = _tops(found)
         if len(tops) < 2:
             context.decline(
-                "(root)", "the residual branches work at one resolution: there are no levels to choose from"
+                "(root)", "all residual branches work at one resolution: there are no levels"
             )
             return program
         chosen: Places = {}

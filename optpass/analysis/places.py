@@ -73,7 +73,8 @@ def _nearest(pattern: str, paths: list[str]) -> str:
 
 def all_units(found: Forest) -> Iterable[Unit]:
     """The outermost units of all entries and every part of them."""
-    pending = [unit for roots in reversed(found.values()) for unit in reversed(roots)]
+    pending = [unit for roots in found.values() for unit in roots]
+    pending.reverse()
     while pending:
         unit = pending.pop()
         yield unit

@@ -24,10 +24,10 @@ def random_calls(program: Program, entry: str, number: int, seed: int) -> list[d
 
 
 def pipeline_calls(program: Program, entry: str, number: int, request: Request) -> list[dict[str, Tensor]]:
-    """``number`` of the calls of ``entry`` that generating the ``request`` makes, evenly taken; fewer where it makes fewer.
+    """``number`` of the calls of ``entry`` that generating the ``request`` makes, evenly taken; fewer where there are.
 
     Raises:
-        UserError: ``program`` was not captured from a pipeline folder, or its pipeline needs something that was not given.
+        UserError: ``program`` was not captured from a pipeline folder, or the pipeline needs what was not given.
     """
     runners, made = program_runners(program), list[dict[str, Tensor]]()
     module = engine_module(program, {**runners, entry: _noting(runners[entry], made)})

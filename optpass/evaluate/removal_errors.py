@@ -17,7 +17,7 @@ Calls = Sequence[Mapping[str, Tensor]]
 def removal_errors(program: Program, gates: Sequence[str], calls: Mapping[str, Calls]) -> dict[str, float]:
     """The relative error ‖y − y₀‖₂ / ‖y‖₂ of closing each of the ``gates``, weights of ``program`` that are open.
 
-    The mean over an entry's ``calls`` (by entry) of the error over all outputs together, of several entries the largest.
+    The mean over an entry's ``calls`` (by entry) of the error over all outputs together; the largest of several entries'.
     Executes each call once, and once more for each gate that its entry reads.
 
     Raises:
