@@ -166,6 +166,8 @@ def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"gate {escape(gate['metric'])} after {escape(gate['after'])}: {gate['value']:.4g}, held"
     if added := report.get("added"):
         yield f"the original has what {escape(' and '.join(added))} put in, in its plain form"
+    if unhealed := report.get("unhealed"):
+        yield f"quality is undefined until training heals {escape(', '.join(unhealed))}"
     if loop := report.get("loop"):
         yield loop_line(loop)
     if difference := report.get("engine_difference"):
