@@ -21,6 +21,7 @@ from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
 from optpass.pipeline.evidence import Evidence, Subject, collect_evidence
 from optpass.pipeline.gates import Gate
+from optpass.pipeline.ladder import Climb, ladder
 from optpass.pipeline.loop_record import loop_record
 from optpass.pipeline.manager import Callback, Event, PassRecord, run_passes
 from optpass.pipeline.recipe import OTHERS, Recipe, Step, check_legality, unhealed
@@ -347,10 +348,17 @@ def _report(recipe: Recipe, parts: Sequence[Part], request: Request) -> dict[str
         "recipe": recipe.as_document(),
         **_part_report(parts[0], request),
         "gates": [gate for part in parts for gate in part.gates],
+        "ladder": [rung.as_json() for rung in ladder(*_climbs(parts))],
         "samples": parts[0].evidence.samples,
         "machine": machine(),
         **({"components": [_part_report(part, request) for part in parts]} if recipe.components is not None else {}),
     }
+
+
+def _climbs(parts: Sequence[Part]) -> tuple[Climb, list[Climb]]:
+    """What the ladder is made of: the denoiser, and the others."""
+    main, *others = (Climb(part.component, part.original, part.records) for part in parts)
+    return main, others
 
 
 def _part_report(part: Part, request: Request) -> dict[str, Any]:
