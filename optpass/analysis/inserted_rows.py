@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from optpass.analysis.axes import axis_in_result
+from optpass.analysis.followed_axis import axis_in_result
 from optpass.analysis.operators import argument, aten
 from optpass.analysis.pieces import cat_dim, extent, piece_of
 from optpass.ir.graph import path_of, shape_of

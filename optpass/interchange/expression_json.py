@@ -14,6 +14,7 @@ import torch
 
 from optpass.errors import UserError
 from optpass.ir.algebra import Einsum, Eye, Full, Pad, Power, Update
+from optpass.ir.decompositions import Adaptors, Factors
 from optpass.ir.slots import Slot, has_slot
 from optpass.ir.weights import (
     Cast,
@@ -31,7 +32,10 @@ from optpass.ir.weights import (
 
 CLASSES: dict[str, type[Expression]] = {
     kind.__name__.lower(): kind
-    for kind in (Cast, Concat, Einsum, Eye, Full, Pad, Permute, Power, Product, Reshape, Scale, Select, Sum, Update)
+    for kind in (
+        *(Adaptors, Cast, Concat, Einsum, Eye, Factors, Full, Pad, Permute, Power, Product, Reshape, Scale, Select),
+        *(Sum, Update),
+    )
 }
 MADE_FROM_NOTHING = (Eye, Full)
 KIND = "is"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from optpass.analysis.axes import axis_in_result
+from optpass.analysis.followed_axis import axis_in_result
 
 TOKENS = 5
 FOLLOWED = {

@@ -1,0 +1,165 @@
+"""Axis rules of what sums products: linear layers, convolutions, matrix products, attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from optpass.analysis.axes.rules import Dims, Walk, axis_rule
+from optpass.analysis.axes.structure import UNIT, Structure, is_unit, product
+from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, argument, aten
+
+
+@axis_rule(aten.linear.default)
+def linear(node: Node, walk: Walk) -> Dims:
+    """[…, in] · [out, in] → […, out]."""
+    source, weight = walk.operand(node, "input"), walk.operand(node, "weight")
+    walk.unify(source[-1], weight[-1])
+    walk.role(argument(node, "weight"), len(weight) - 1, "in")
+    if len(weight) == 1:
+        return source[:-1]
+    walk.role(argument(node, "weight"), 0, "out")
+    return (*source[:-1], _with_bias(node, walk, weight[0]))
+
+
+@axis_rule(*CONVOLUTIONS)
+def convolution(node: Node, walk: Walk) -> Dims:
+    """Channels in ~ groups × the weight's second dimension; channels out are its first, groups × those of a group."""
+    source, weight, groups = walk.operand(node, "input"), walk.operand(node, "weight"), argument(node, "groups")
+    channel = len(source) - len(weight) + 1
+    out = weight[0]
+    if groups == 1:
+        walk.unify(source[channel], weight[1])
+    else:
+        group = walk.new(groups)
+        walk.unify(source[channel], product([group, weight[1]]))
+        walk.unify(out, product([group, walk.new(weight[0].size // groups)]))
+    walk.role(argument(node, "weight"), 0, "out")
+    walk.role(argument(node, "weight"), 1, "in")
+    return (*source[:channel], _with_bias(node, walk, out), *_spatial(node, walk, source[channel + 1 :], weight[2:]))
+
+
+@axis_rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def transposed_convolution(node: Node, walk: Walk) -> Dims:
+    """A weight is [in, out / groups, *kernel]."""
+    source, weight, groups = walk.operand(node, "input"), walk.operand(node, "weight"), argument(node, "groups")
+    channel = len(source) - len(weight) + 1
+    out = weight[1]
+    if groups == 1:
+        walk.unify(source[channel], weight[0])
+    else:
+        group = walk.new(groups)
+        walk.unify(source[channel], product([group, walk.new(weight[0].size // groups)]))
+        walk.unify(weight[0], source[channel])
+        out = product([group, weight[1]])
+    walk.role(argument(node, "weight"), 0, "in")
+    walk.role(argument(node, "weight"), 1, "out")
+    return (*source[:channel], _with_bias(node, walk, out), *_spatial(node, walk, source[channel + 1 :], weight[2:]))
+
+
+def _with_bias(node: Node, walk: Walk, out: Structure) -> Structure:
+    bias = walk.operand(node, "bias")
+    return walk.unify(out, bias[0]) if bias else out
+
+
+def _spatial(node: Node, walk: Walk, dims: Dims, kernel: Dims) -> Dims:
+    rank, shape, result = len(dims), walk.shape(node), []
+    strides = _per_dimension(argument(node, "stride"), rank)
+    transposed = "transposed" in str(node.target) or "transpose" in str(node.target)
+    for index, (structure, size) in enumerate(zip(dims, kernel, strict=True)):
+        walk.fix(size, "is a convolution's kernel")
+        after = shape[len(shape) - rank + index]
+        if is_unit(size) and strides[index] == 1 and after == structure.size:
+            result.append(structure)
+            continue
+        same = strides[index] == 1 and not transposed
+        result.append(walk.resampled(structure, after, "neighbours along it are convolved", same=same))
+    return tuple(result)
+
+
+def _per_dimension(value: Any, rank: int) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * rank if len(values) == 1 else values
+
+
+@axis_rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
+def matmul(node: Node, walk: Walk) -> Dims:
+    """[…, rows, k] · […, k, columns] → […, rows, columns]; a vector has no rows, or no columns."""
+    return _product(walk, walk.of(node.args[0]), walk.of(node.args[1]))
+
+
+@axis_rule(aten.addmm.default, aten.baddbmm.default)
+def added_matmul(node: Node, walk: Walk) -> Dims:
+    """The product and what is added to it."""
+    found = _product(walk, walk.of(node.args[1]), walk.of(node.args[2]))
+    added = walk.of(node.args[0])
+    return (*found[: len(found) - len(added)], *map(walk.unify, found[len(found) - len(added) :], added))
+
+
+def _product(walk: Walk, left: Dims, right: Dims) -> Dims:
+    rows = left[-2:-1]
+    columns = right[-1:] if len(right) > 1 else ()
+    walk.unify(left[-1], right[-2] if len(right) > 1 else right[0])
+    return (*_batched(walk, left[:-2], right[:-2]), *rows, *columns)
+
+
+def _batched(walk: Walk, left: Dims, right: Dims) -> Dims:
+    rank = max(len(left), len(right))
+    wide = [(UNIT,) * (rank - len(dims)) + tuple(dims) for dims in (left, right)]
+    return tuple(map(walk.unify, *wide))
+
+
+@axis_rule(*FUSED_ATTENTION)
+def attention(node: Node, walk: Walk) -> Dims:
+    """q […, heads, queries, e], k […, heads, keys, e], v […, heads, keys, f] → […, heads, queries, f]."""
+    query, key, value = (walk.operand(node, name) for name in ("query", "key", "value"))
+    mask = walk.of(node.args[3]) if len(node.args) > 3 else walk.of(node.kwargs.get("attn_mask"))
+    walk.unify(query[-1], key[-1])
+    walk.unify(key[-2], value[-2])
+    walk.fix(key[-2], "softmax runs over it")
+    batch = query[:-2]
+    for other in (key[:-2], value[:-2]):
+        batch = _shared_heads(walk, batch, other)
+    if mask:
+        stretched = (*batch, query[-2], key[-2])[-len(mask) :]
+        walk.unified(stretched, mask)
+    walk.head_dims += [query[-1], value[-1]]
+    if len(query) > 3:
+        walk.heads.append(batch[-1])
+    walk.scales.append((node, query[-1]))
+    return (*batch, query[-2], value[-1])
+
+
+def _shared_heads(walk: Walk, queries: Dims, keys: Dims) -> Dims:
+    """Batch dimensions of both; heads of keys that several heads of queries share (``enable_gqa``) are repeated."""
+    if len(queries) != len(keys) or not queries or is_unit(keys[-1]) or queries[-1].size == keys[-1].size:
+        return _batched(walk, queries, keys)
+    repeats = walk.new(queries[-1].size // keys[-1].size)
+    heads = walk.unify(queries[-1], product([keys[-1], repeats]))
+    return (*_batched(walk, queries[:-1], keys[:-1]), heads)
+
+
+@axis_rule(aten.einsum.default)
+def einsum(node: Node, walk: Walk) -> Dims:
+    """Dimensions of one letter are one dimension."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    inputs, arrow, output = equation.partition("->")
+    letters: dict[str, Structure] = {}
+    for term, operand in zip(inputs.split(","), operands, strict=True):  # type: ignore[arg-type]
+        dims = walk.of(operand)
+        for letter, structure in zip(_letters(term, len(dims)), dims, strict=True):
+            letters[letter] = walk.unify(letters[letter], structure) if letter in letters else structure
+    rank = len(walk.shape(node))
+    if arrow:
+        return tuple(letters[letter] for letter in _letters(output, rank))
+    flat = [letter for term in inputs.split(",") for letter in _letters(term, term.count(""))]
+    once = sorted(letter for letter in set(flat) if flat.count(letter) == 1)
+    return tuple(letters[letter] for letter in once)
+
+
+def _letters(term: str, rank: int) -> list[str]:
+    """One name for each dimension; those under ``...`` are numbered from the right."""
+    before, ellipsis, after = term.partition("...")
+    hidden = rank - len(before) - len(after) if ellipsis else 0
+    return [*before, *(f".{hidden - i}" for i in range(hidden)), *after]

@@ -1,0 +1,138 @@
+"""Axis rules of normalisations, reductions and whatever mixes neighbours: pooling, interpolation, padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from optpass.analysis.axes.rules import Dims, Normalised, Results, Walk, axis_rule, dimension, dimensions
+from optpass.analysis.axes.structure import UNIT
+from optpass.analysis.operators import SOFTMAX, argument, aten
+
+
+@axis_rule(aten.layer_norm.default, aten.rms_norm.default)
+def layer_norm(node: Node, walk: Walk) -> Dims:
+    """Statistics over the last dimensions, which the affine parameters have."""
+    dims, shape = walk.operand(node, "input"), argument(node, "normalized_shape")
+    last = dims[len(dims) - len(shape) :]
+    for name in ("weight", "bias") if node.target is aten.layer_norm.default else ("weight",):
+        if affine := walk.operand(node, name):
+            last = walk.unified(last, affine)
+    walk.normalised += [Normalised(node, structure) for structure in last]
+    return (*dims[: len(dims) - len(last)], *last)
+
+
+@axis_rule(aten.group_norm.default)
+def group_norm(node: Node, walk: Walk) -> Dims:
+    """Statistics over each of equally many channels; a group may cross the seam of a concatenation."""
+    dims = walk.operand(node, "input")
+    channels = dims[1]
+    for name in ("weight", "bias"):
+        if affine := walk.operand(node, name):
+            channels = walk.unify(channels, affine[0])
+    walk.normalised.append(Normalised(node, channels, int(argument(node, "num_groups"))))
+    for structure in dims[2:]:
+        walk.fix(structure, "a group norm's statistics run over it")
+    return walk.replaced(dims, {1: channels})
+
+
+@axis_rule(aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default, aten.instance_norm.default)
+def batch_norm(node: Node, walk: Walk) -> Results:
+    """Every channel by itself."""
+    dims = walk.operand(node, "input")
+    channels = dims[1]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if affine := walk.operand(node, name):
+            channels = walk.unify(channels, affine[0])
+    result = walk.replaced(dims, {1: channels})
+    return result if not isinstance(node.meta["val"], (tuple, list)) else [result, (UNIT,), (UNIT,)]
+
+
+@axis_rule(*SOFTMAX, aten.log_softmax.int, aten.cumsum.default, aten.cumprod.default, aten.sort.default)
+def along(node: Node, walk: Walk) -> Dims:
+    """Every element depends on the others along a dimension."""
+    dims = walk.of(node.args[0])
+    walk.fix(dims[dimension(node, "dim", len(dims))], f"{node.target} runs over it")
+    return dims
+
+
+@axis_rule(
+    aten.mean.dim,
+    aten.var.dim,
+    aten.var.correction,
+    aten.std.dim,
+    aten.std.correction,
+    aten.linalg_vector_norm.default,
+)
+def statistic(node: Node, walk: Walk) -> Dims:
+    """A statistic over some dimensions."""
+    dims = walk.of(node.args[0])
+    return _reduced(node, walk, dims, lambda structure: walk.normalised.append(Normalised(node, structure)))
+
+
+@axis_rule(aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.argmax.default, aten.any.dim, aten.all.dim)
+def reduction(node: Node, walk: Walk) -> Dims:
+    """Without some dimensions, or with 1 element of them."""
+    dims = walk.of(node.args[0])
+    return _reduced(node, walk, dims, lambda structure: walk.fix(structure, f"{node.target} reduces it"))
+
+
+def _reduced(node: Node, walk: Walk, dims: Dims, note: Any) -> Dims:
+    asked = dimensions(argument(node, "dim"), len(dims))
+    for dim in asked:
+        note(dims[dim])
+    keep = bool(argument(node, "keepdim"))
+    return tuple(
+        UNIT if index in asked else structure for index, structure in enumerate(dims) if keep or index not in asked
+    )
+
+
+@axis_rule(
+    *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default),
+    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
+    *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default),
+    *(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default),
+    *(aten.upsample_nearest1d.default, aten.upsample_nearest2d.default, aten.upsample_nearest3d.default),
+    *(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec),
+    *(aten._upsample_nearest_exact2d.default, aten._upsample_nearest_exact2d.vec),
+    *(aten.upsample_bilinear2d.default, aten.upsample_bilinear2d.vec, aten.upsample_linear1d.vec),
+    *(aten.upsample_bicubic2d.default, aten.upsample_bicubic2d.vec, aten.upsample_trilinear3d.vec),
+    *(aten._upsample_bilinear2d_aa.default, aten._upsample_bilinear2d_aa.vec),
+    *(aten._upsample_bicubic2d_aa.default, aten._upsample_bicubic2d_aa.vec),
+)
+def resample(node: Node, walk: Walk) -> Results:
+    """Batch and channels stay; the rest is pooled or interpolated."""
+    dims = walk.of(node.args[0])
+    value: Any = node.meta["val"]
+    several = isinstance(value, (tuple, list))
+    shape = walk.shape(node) if not several else tuple(value[0].shape)
+    spatial = _spatial_rank(node)
+    kept = len(dims) - spatial
+    rest = [
+        walk.resampled(s, n, "neighbours along it are pooled or interpolated")
+        for s, n in zip(dims[kept:], shape[kept:], strict=True)
+    ]
+    result = (*dims[:kept], *rest)
+    return [result] * len(value) if several else result
+
+
+def _spatial_rank(node: Node) -> int:
+    name = str(node.target)
+    return next(rank for rank in (1, 2, 3) if f"{rank}d" in name)
+
+
+@axis_rule(
+    *(aten.constant_pad_nd.default, aten.pad.default),
+    *(aten.reflection_pad1d.default, aten.reflection_pad2d.default),
+    *(aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default),
+)
+def pad(node: Node, walk: Walk) -> Dims:
+    """Longer (or shorter) along the last dimensions."""
+    dims, shape = walk.of(node.args[0]), walk.shape(node)
+    amounts: Any = node.args[1]
+    padded = {len(dims) - 1 - index // 2 for index, amount in enumerate(amounts) if amount != 0}
+    return tuple(
+        walk.resampled(structure, shape[index], "is padded") if index in padded else structure
+        for index, structure in enumerate(dims)
+    )
