@@ -262,7 +262,9 @@ class _Planner:
                 return PassPlan(step, "not run", needs, unrun, executed, note), program
             self.refusals.append(str(error))
             return PassPlan(step, "refused", needs, unrun, executed, str(error)), program
-        if not reason and not record.modified:
+        if not reason and (resized := verification.resized_inputs(program, after)):
+            executed = f"not verified: {resized}"
+        elif not reason and not record.modified:
             executed = "nothing to verify: unmodified"
         return PassPlan(step, "run", needs, unrun, executed, record=record), after
 
