@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import loops
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.nn import functional
 from optpass.analysis.cost import measure
 from optpass.errors import MissingValuesError, UserError
 from optpass.evaluate.difference import program_difference, program_runner
+from optpass.ir.loop import Cycle
 from optpass.ir.text import program_text
 from optpass.ir.weights import Absent, Constant, WeightStore
 from optpass.passes.prune_channels import PruneChannels
@@ -237,3 +239,17 @@ def test_amounts_that_leave_nothing_or_say_nothing(options):
 def test_it_says_why_the_rest_stays(attention):
     _, record = prune(attention, ratio=0.5)
     assert ("head", "an axis of 5 is a dimension of the output output") in {(d.path, d.reason) for d in record.declined}
+
+
+def test_states_of_a_loop_follow_whether_it_is_split_before_or_after():
+    """The loop is cut by hand where tanh gives the pruned channels: pruning the whole gives the same generations."""
+    uncached, _ = loops.denoiser()
+    program, _ = loops.cached()
+    options = {"ratio": 0.5, "kinds": ["stream"], "match": ["inner"]}
+    after, record = prune(program, **options)
+    assert record.sites == ("enter [stream]",)
+    assert after.loop.states["deep"].shape == (2, 2)
+    computed = replace(after, loop=replace(after.loop, schedule=Cycle(("full",))))
+    whole = prune(uncached, **options)[0]
+    assert program_difference(whole, computed).relative_error == 0
+    assert program_difference(whole, after).relative_error > 1e-3
