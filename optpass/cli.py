@@ -217,6 +217,10 @@ def inspect(
     dtype: Dtype = None,
     depth: Annotated[int, typer.Option(min=1, help="Levels of the module table.")] = 2,
     text: Annotated[bool, typer.Option("--text", help="Print the graph in the text form of the IR.")] = False,
+    groups: Annotated[
+        bool,
+        typer.Option("--groups", help="Axes that can be pruned, with all that goes together, and why others cannot."),
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -232,11 +236,14 @@ def inspect(
             component=component,
             dtype=dtype or "auto",
             depth=depth,
+            groups=groups,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if as_json:
         console.print_json(facts)
+    elif groups:
+        console.axes_tables(facts["axes"])
     elif text:
         from optpass.ir.text import program_text
 

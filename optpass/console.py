@@ -102,6 +102,29 @@ def cost_table(noun: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
     return table("", (noun, *(titles[key] for key in columns)), cells)
 
 
+def axes_tables(axes: Mapping[str, Any]) -> None:
+    """Groups of axes that can be cut together, and the reasons why others cannot be."""
+    rows = [
+        [item["path"], item["kind"], str(item["size"]), _weights(item["slices"]), str(len(item["norms"]) or "")]
+        for item in axes["groups"]
+    ]
+    out.print(table("can be pruned", ("module", "kind", "size", "goes together", "norms"), rows, left=2))
+    out.print()
+    # A kernel is no axis that anybody would ask about.
+    rows = [
+        [item["path"], item["size"], item["reason"], _weights(item["slices"])]
+        for item in axes["fixed"]
+        if any(slice_["role"] for slice_ in item["slices"])
+    ]
+    out.print(table("cannot", ("module", "size", "it", "has it"), rows))
+    out.print("\n--json has every slice of every weight", style="dim")
+
+
+def _weights(slices: Sequence[Mapping[str, Any]]) -> str:
+    names = {item["weight"] for item in slices}
+    return f"{len(names)} weight{'s' * (len(names) != 1)}"
+
+
 def uncounted(operators: Mapping[str, Mapping[str, Any]]) -> None:
     """What the MACs leave out for want of a rule, if anything, with the first places."""
     for name, found in operators.items():

@@ -164,9 +164,10 @@ def repeat(node: Node, sizes: NewSizes) -> Arguments:
     """The repetitions, which are a factor of every dimension."""
     name = "repeats" if node.target is aten.repeat.default else "dims"
     given, after = list(argument(node, name)), sizes.of(node)
-    before = sizes.of(node.args[0])
-    wide = [1] * (len(given) - len(before)) + before
-    return {name: _changed(given, [quotient(a, b) for a, b in zip(after, wide, strict=True)])}
+    before = [1] * len(given) + sizes.of(node.args[0])
+    # tile takes fewer repetitions than dimensions.
+    pairs = list(zip(reversed(after), reversed(before), strict=False))[: len(given)]
+    return {name: _changed(given, [quotient(new, old) for new, old in reversed(pairs)])}
 
 
 @size_rule(aten.repeat_interleave.self_int)
@@ -215,9 +216,10 @@ def slice_(node: Node, sizes: NewSizes) -> Arguments:
     if piece is None or piece.is_whole:
         return {}
     structure = sizes.walk.of(source)[piece.dim]
+    if sizes.size(structure) == structure.size:
+        return {}
     start, stop = (sizes.before(structure, border) for border in (piece.start, piece.stop))
-    # An end that counts from the back, or that says "to the end", is written anew only where it moved.
-    return {} if (start, stop) == (piece.start, piece.stop) else {"start": start, "end": stop}
+    return {"start": start, "end": stop}
 
 
 @size_rule(*SPLITS)

@@ -28,7 +28,7 @@ Dims = tuple[Structure, ...]
 Results = Dims | list[Dims]
 Rule = Callable[[Node, "Walk"], Results]
 Function = TypeVar("Function", bound=Rule)
-Role = Literal["out", "in"]
+Role = Literal["out", "in", "scale"]
 
 RULES: dict[Any, Rule] = {}
 """Operator → its rule."""
@@ -67,7 +67,8 @@ class Walk:
     derived: list[tuple[Structure, Structure]] = field(default_factory=list)
     """Dimensions computed from others by striding, pooling, interpolation: they have their names, not their indices."""
     roles: dict[tuple[str, int], Role] = field(default_factory=dict)
-    """Of a weight (by its name) and a dimension: whether what it computes has it, or what it reads."""
+    """Of a weight (by its name) and a dimension: whether what it computes has it, or what it sums over, or
+    whether it scales what a norm made."""
     heads: list[Structure] = field(default_factory=list)
     head_dims: list[Structure] = field(default_factory=list)
     sums: list[Structure] = field(default_factory=list)
@@ -139,7 +140,7 @@ class Walk:
         return new
 
     def role(self, weight: Any, dim: int, role: Role) -> None:
-        """``dim`` of ``weight``, if it is one of the store's, is what a product gives or what it sums over."""
+        """What ``dim`` of ``weight``, if it is one of the store's, is to the operator that reads it."""
         if isinstance(weight, Node) and weight.op == "get_attr":
             self.roles[str(weight.target), dim] = role
 
