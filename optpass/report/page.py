@@ -247,6 +247,9 @@ def _latency_words(latency: Mapping[str, Any]) -> tuple[str, ...]:
 def _sample_facts(samples: Mapping[str, Any]) -> Pairs:
     psnr = figure(samples, "psnr")
     facts = [(key, plain(samples[key])) for key in ("steps", "guidance", "seed") if samples.get(key) is not None]
+    for key in ("steps", "guidance"):
+        if samples.get(f"{key}_before") not in (None, samples.get(key)):
+            facts.append((f"{key} of the original", plain(samples[f"{key}_before"])))
     return (*facts, ("PSNR", units.decibels(psnr))) if psnr is not None else tuple(facts)
 
 

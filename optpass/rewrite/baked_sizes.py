@@ -172,10 +172,12 @@ def repeat(node: Node, sizes: NewSizes) -> Arguments:
 
 @size_rule(aten.repeat_interleave.self_int)
 def repeat_interleave(node: Node, sizes: NewSizes) -> Arguments:
-    """The repetitions."""
+    """The repetitions, and the size that they come to where it is said."""
     dim = dimension(node, "dim", len(shape_of(node)))
     before, after = sizes.of(node.args[0])[dim], sizes.of(node)[dim]
-    return {"repeats": _changed([argument(node, "repeats")], [quotient(after, before)])[0]}
+    repeats: Arguments = {"repeats": _changed([argument(node, "repeats")], [quotient(after, before)])[0]}
+    said = argument(node, "output_size")
+    return repeats if said is None else {**repeats, "output_size": _changed([said], [after])[0]}
 
 
 @size_rule(aten.layer_norm.default, aten.rms_norm.default)
