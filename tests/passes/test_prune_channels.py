@@ -253,3 +253,21 @@ def test_states_of_a_loop_follow_whether_it_is_split_before_or_after():
     whole = prune(uncached, **options)[0]
     assert program_difference(whole, computed).relative_error == 0
     assert program_difference(whole, after).relative_error > 1e-3
+
+
+class Squeezed(nn.Module):
+    """A pooled map without its dimensions of size 1, whichever these are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.second(functional.adaptive_avg_pool2d(functional.relu(self.first(x)), 1).squeeze())
+
+
+def test_a_single_channel_left_is_no_dimension_to_squeeze(capture_module):
+    program, _ = capture_module(Squeezed, x=torch.randn(2, 3, 6, 5))
+    after, _ = prune(program, ratio=0.8)
+    assert weights(after)["first.weight"].shape[0] == 1
+    assert program_runner(after, "full")({"x": torch.randn(2, 3, 6, 5)})["output"].shape == (2, 5)
