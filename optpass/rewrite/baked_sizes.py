@@ -18,7 +18,16 @@ import torch
 from torch.fx import Node
 
 from optpass.analysis.axes.rules import Walk, dimension, dimensions, number
-from optpass.analysis.axes.structure import Concatenation, Size, Structure, factors, is_unit, product, quotient, resolved
+from optpass.analysis.axes.structure import (
+    Concatenation,
+    Size,
+    Structure,
+    factors,
+    is_unit,
+    product,
+    quotient,
+    resolved,
+)
 from optpass.analysis.operators import CONVOLUTIONS, argument, aten
 from optpass.analysis.pieces import SPLITS, piece_of
 from optpass.ir.graph import Graph, shape_of
