@@ -44,8 +44,13 @@ def places(found: Forest, wanted: Callable[[Unit], bool]) -> Places:
     return made
 
 
-def named_places(found: Forest, kind: UnitKind | None, *lists: Sequence[str]) -> Places:
-    """The largest units of a ``kind`` (of any, where it is ``None``) that each list of path patterns names.
+def named_places(
+    found: Forest,
+    kind: UnitKind | None,
+    *lists: Sequence[str],
+    among: Callable[[Unit], bool] = lambda _: True,
+) -> Places:
+    """The largest units of a ``kind`` (of any, where it is ``None``), ``among`` some, that each list of patterns names.
 
     An empty list names all.
 
@@ -54,13 +59,16 @@ def named_places(found: Forest, kind: UnitKind | None, *lists: Sequence[str]) ->
     """
 
     def wanted(unit: Unit) -> bool:
-        return (kind is None or unit.is_kind(kind)) and all(unit.is_named(each) for each in lists if each)
+        return is_kind(unit) and all(unit.is_named(each) for each in lists if each)
+
+    def is_kind(unit: Unit) -> bool:
+        return (kind is None or unit.is_kind(kind)) and among(unit)
 
     chosen = places(found, wanted)
     members = [place.unit for group in chosen.values() for place in group]
     for pattern in (pattern for each in lists for pattern in each):
         if not any(unit.is_named([pattern], whole=False) for unit in members):
-            paths = dict.fromkeys(unit.path for unit in all_units(found) if kind is None or unit.is_kind(kind))
+            paths = dict.fromkeys(unit.path for unit in all_units(found) if is_kind(unit))
             of_kind = f" of kind {kind}" if kind else ""
             raise UserError(f"no residual branch{of_kind} matches {pattern!r}{_nearest(pattern, list(paths))}")
     return chosen

@@ -99,10 +99,10 @@ class Unit:
         return max(_positions(branch.residual) for branch in self.branches)
 
     def is_kind(self, kind: UnitKind) -> bool:
-        """``temporal``: frames are all that it mixes; ``spatial``: it mixes, and no frames; else each branch's kind."""
+        """``temporal``: frames are all that it mixes; ``spatial``: it mixes, and no frames; else a lone branch's."""
         if kind in ("temporal", "spatial"):
             return self.mixes == {kind}
-        return all(branch.is_kind(kind) for branch in self.branches)
+        return len(self.branches) == 1 and self.branches[0].is_kind(kind)
 
     def is_named(self, patterns: Sequence[str], *, whole: bool = True) -> bool:
         """Whether patterns of module paths mean every branch, or with ``whole=False`` some branch."""
