@@ -57,6 +57,9 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python cod
 StructureOnly = Annotated[
     bool, typer.Option("--structure-only", help="Read no weights: costs and the report, no engine.")
 ]
+Unhealed = Annotated[
+    bool, typer.Option("--unhealed", help="Take passes that need training without it; quality is then undefined.")
+]
 
 
 @app.command()
@@ -74,6 +77,7 @@ def apply(
     component: Component = None,
     dtype: Dtype = None,
     structure_only: StructureOnly = False,
+    unhealed: Unhealed = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing bundle, once the new one is finished.")
     ] = False,
@@ -114,6 +118,7 @@ def apply(
         component=component,
         dtype=dtype,
         structure_only=structure_only,
+        unhealed=unhealed,
         force=force,
         verify=verify,  # type: ignore[arg-type]
         baseline=baseline,
@@ -153,6 +158,7 @@ def plan(
         bool, typer.Option("--assume-weights", help="Plan as though a checkpoint without weights had them.")
     ] = False,
     structure_only: StructureOnly = False,
+    unhealed: Unhealed = False,
     force: Annotated[bool, typer.Option("--force", help="The bundle would replace an existing one.")] = False,
     verify: Annotated[str, typer.Option(help="As the apply would be given it: auto, always, never.")] = "auto",
     baseline: Annotated[bool, typer.Option(help="As the apply would be given it.")] = True,
@@ -183,6 +189,7 @@ def plan(
         component=component,
         dtype=dtype,
         structure_only=structure_only,
+        unhealed=unhealed,
         force=force,
         verify=verify,  # type: ignore[arg-type]
         baseline=baseline,
@@ -210,6 +217,10 @@ def inspect(
     dtype: Dtype = None,
     depth: Annotated[int, typer.Option(min=1, help="Levels of the module table.")] = 2,
     text: Annotated[bool, typer.Option("--text", help="Print the graph in the text form of the IR.")] = False,
+    groups: Annotated[
+        bool,
+        typer.Option("--groups", help="Axes that can be pruned, with all that goes together, and why others cannot."),
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -225,11 +236,14 @@ def inspect(
             component=component,
             dtype=dtype or "auto",
             depth=depth,
+            groups=groups,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if as_json:
         console.print_json(facts)
+    elif groups:
+        console.axes_tables(facts["axes"])
     elif text:
         from optpass.ir.text import program_text
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from optpass.analysis.axes import axes_of
+from optpass.analysis.axes.record import axes_record
 from optpass.analysis.cost import measure
 from optpass.capture.precision import AUTO, precision
 from optpass.capture.sources import capture
@@ -20,11 +22,14 @@ def inspect_program(
     weights: Path | None = None,
     component: str | None = None,
     depth: int = 2,
+    groups: bool = False,
     trust_remote_code: bool = False,
     dtype: str = AUTO,
     progress: Callable[[str, float], None] = lambda stage, fraction: None,
 ) -> tuple[Program, dict[str, Any]]:
     """Capture ``checkpoint`` structure-only where possible and measure it; executes nothing.
+
+    With ``groups`` the record has ``axes`` too: what may be cut, and what may not.
 
     Raises:
         UserError: the checkpoint cannot be captured.
@@ -51,6 +56,8 @@ def inspect_program(
             "by_module": cost.entries[name].by_module(depth),
             "by_operator": cost.entries[name].by_operator(),
         }
+    if groups:
+        record["axes"] = axes_record(program, axes_of(program))
     origin = program.origin.as_json()
     checkpoint_facts = {key: origin[key] for key in ("name", "kind", "class", "component", "pipeline")}
     return program, {"checkpoint": {**checkpoint_facts, "has_weights": program.has_values}, **record}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node, map_arg
 
-from optpass.analysis.axes import axis_in_result
+from optpass.analysis.followed_axis import axis_in_result
 from optpass.analysis.inserted_rows import ATTENTION, InsertedRows, RowsLayer, is_before
 from optpass.analysis.operators import aten
 from optpass.ir.graph import Graph, path_of, shape_of, value_of

@@ -46,6 +46,17 @@ def shortcut(graph: Graph, value: Node, start: Collection[Node], found: Mapping[
     return _repeated(graph, node, steps)
 
 
+def unmoved(graph: Graph, node: Node) -> Node:
+    """The earliest value that ``node`` is, all rearrangements between the two undoing one another; else ``node``."""
+    found, steps, current = node, list[Node](), node
+    while current.target in REARRANGEMENTS:
+        steps.append(current)
+        current = current.all_input_nodes[0]
+        if _in_place(graph, current, steps):
+            found = current
+    return found
+
+
 def whole_of_cat(node: Node) -> Node | None:
     """The value that ``node`` puts together from all of its parts; ``None`` for other operators."""
     return whole_of(node) if node.target in (aten.cat.default, aten.concat.default) else None
@@ -53,15 +64,18 @@ def whole_of_cat(node: Node) -> Node | None:
 
 def _repeated(graph: Graph, source: Node, steps: Sequence[Node]) -> Node:
     """``steps``, the last of which comes first, over ``source``."""
-    # Where a size that stays open is 1 in the example, moving its axis leaves no trace there.
-    seen = 1 not in graph.dimensions.examples.values()
-    if not steps or (seen and _undo_one_another(source, steps)):
+    if not steps or _in_place(graph, source, steps):
         return source
     for step in reversed(steps):
         operand = carried_from(step)
         args, kwargs = _with_operand((step.args, dict(step.kwargs)), operand, source)
         source = graph.call(step.target, *args, like=step, **kwargs)
     return source
+
+
+def _in_place(graph: Graph, source: Node, steps: Sequence[Node]) -> bool:
+    # Where a size that stays open is 1 in the example, moving its axis leaves no trace there.
+    return 1 not in graph.dimensions.examples.values() and _undo_one_another(source, steps)
 
 
 def _with_operand(arguments: Any, operand: Node | None, source: Node) -> Any:

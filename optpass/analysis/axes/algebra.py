@@ -14,7 +14,6 @@ from optpass.analysis.axes.structure import (
     UNIT,
     Atom,
     Concatenation,
-    Product,
     Size,
     Structure,
     atoms,
@@ -232,7 +231,7 @@ def _aligned(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[tuple[int, 
     pieces, i, j, from_i, from_j = [], 0, 0, 0, 0
     before: Size = 1
     after: Size = 1
-    borders = {}
+    borders: dict[Size, int] = {}
     for i, size in enumerate(old, start=1):
         before = before * size
         borders.setdefault(before, i)
@@ -246,4 +245,3 @@ def _aligned(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[tuple[int, 
     if from_i < len(old) or from_j < len(new):
         pieces.append(((from_i, len(old)), (from_j, len(new))))
     return pieces
-

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from optpass.analysis.axes.rules import Dims, Results, Walk, axis_rule, dimension, dimensions, number
-from optpass.analysis.axes.structure import UNIT, Concatenation, is_unit, product
+from optpass.analysis.axes.structure import UNIT, Concatenation, Structure, is_unit, product, quotient
 from optpass.analysis.operators import argument, aten
 from optpass.analysis.permutations import PERMUTATIONS, permutation_of
 from optpass.analysis.pieces import SPLITS, piece_of
@@ -110,8 +110,11 @@ def split(node: Node, walk: Walk) -> Results:
 @axis_rule(operator.getitem)
 def getitem(node: Node, walk: Walk) -> Dims:
     """One of several results."""
-    results: Any = walk.values[node.args[0]]  # type: ignore[index]
-    return results[node.args[1]] if isinstance(results, list) else ()
+    source: Any
+    place: Any
+    source, place = node.args
+    results: Any = walk.values[source]
+    return results[place] if isinstance(results, list) else ()
 
 
 @axis_rule(aten.slice.Tensor)
@@ -120,12 +123,59 @@ def slice_(node: Node, walk: Walk) -> Dims:
     dims = walk.of(node.args[0])
     dim = dimension(node, "dim", len(dims))
     size, piece = walk.shape(node)[dim], piece_of(node)
+    if (row := _every_nth(node, walk, dims[dim])) is not None:
+        return walk.replaced(dims, {dim: row})
     if piece is None or not isinstance(piece.start, int):
         return walk.replaced(dims, {dim: walk.resampled(dims[dim], size, "elements apart are picked from it")})
     if piece.is_whole:
         return dims
     parts = walk.algebra.cut(dims[dim], [piece.start, size, dims[dim].size - piece.start - size])
     return walk.replaced(dims, {dim: parts[1]})
+
+
+def _every_nth(node: Node, walk: Walk, structure: Structure) -> Structure | None:
+    """Of a dimension that is rows of ``step`` elements, the one at ``start`` in each: rotary pairs lie like this."""
+    start, step = argument(node, "start") or 0, argument(node, "step")
+    end, size = argument(node, "end"), structure.size
+    if step == 1 or not isinstance(start, int) or not 0 <= start < step or (rows := quotient(size, step)) is None:
+        return None
+    if isinstance(end, Node) or (end is not None and end < size - step + 1 + start):
+        return None
+    outer, row = walk.algebra.split(structure, rows, step)
+    walk.fix(row, "one element of each row is picked from it")
+    return outer
+
+
+@axis_rule(aten.slice_scatter.default)
+def slice_scatter(node: Node, walk: Walk) -> Dims:
+    """A value with a part of it replaced."""
+    dims, part = walk.of(node.args[0]), walk.of(node.args[1])
+    dim = dimension(node, "dim", len(dims))
+    walk.unified(walk.replaced(dims, {dim: UNIT}), walk.replaced(part, {dim: UNIT}))
+    if (row := _every_nth(node, walk, dims[dim])) is not None:
+        walk.unify(row, part[dim])
+    elif part[dim].size == dims[dim].size:
+        walk.unify(dims[dim], part[dim])
+    else:
+        walk.fix(dims[dim], "a part of it is replaced")
+        walk.fix(part[dim], "replaces a part of another")
+    return dims
+
+
+@axis_rule(aten.outer.default)
+def outer(node: Node, walk: Walk) -> Dims:
+    """Every element of the one with every element of the other."""
+    return (*walk.of(node.args[0]), *walk.of(node.args[1]))
+
+
+@axis_rule(aten.meshgrid.default, aten.meshgrid.indexing)
+def meshgrid(node: Node, walk: Walk) -> Results:
+    """Coordinates: every result has the dimensions of all."""
+    parts: Any = node.args[0]
+    dims = [walk.of(part)[0] if walk.of(part) else UNIT for part in parts]
+    if node.target is aten.meshgrid.indexing and argument(node, "indexing") == "xy":
+        dims[:2] = reversed(dims[:2])
+    return [tuple(dims)] * len(parts)
 
 
 @axis_rule(aten.select.int)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch.fx import Node
 
 from optpass.analysis.axes.rules import Role, Walk
-from optpass.analysis.axes.structure import Atom, Size, Structure, atoms
+from optpass.analysis.axes.structure import Atom, Structure, atoms
 
 Kind = Literal["conv", "ffn", "heads", "head-dim", "stream", "other"]
 
@@ -18,7 +18,8 @@ Kind = Literal["conv", "ffn", "heads", "head-dim", "stream", "other"]
 class Slice:
     """A dimension of a weight that an atom is a part of.
 
-    ``role`` says whether a product gives it ("out") or sums over it ("in"); ``None`` of biases, norms and tables.
+    ``role`` says whether a product gives it ("out") or sums over it ("in"), or a norm's scale has it;
+    ``None`` of biases and tables.
     """
 
     weight: str
@@ -26,8 +27,25 @@ class Slice:
     role: Role | None = None
 
 
+class Sliced:
+    """What consists of slices of weights."""
+
+    slices: tuple[Slice, ...]
+
+    @property
+    def paths(self) -> list[str]:
+        """The modules whose weights give it; where none does, those whose weights have it."""
+        giving = [item for item in self.slices if item.role == "out"] or self.slices
+        return list(dict.fromkeys(item.weight.rpartition(".")[0] or item.weight for item in giving))
+
+    @property
+    def path(self) -> str:
+        """The first of them, by which it is called."""
+        return self.paths[0]
+
+
 @dataclass(frozen=True, eq=False)
-class Group:
+class Group(Sliced):
     """Slices that must be cut at the same indices of ``atom``.
 
     ``kind``: channels between convolutions, the width of a feed-forward, the number of heads of an attention, the
@@ -37,7 +55,6 @@ class Group:
 
     atom: Atom
     kind: Kind
-    path: str
     slices: tuple[Slice, ...]
     norms: tuple[Node, ...] = ()
 
@@ -52,11 +69,10 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
-class Fixed:
+class Fixed(Sliced):
     """An atom of some weights that may not be cut, and the first reason that was found."""
 
     atom: Atom
-    path: str
     slices: tuple[Slice, ...]
     reason: str
 
@@ -98,24 +114,18 @@ def groups_of(walk: Walk, census: Census) -> Iterator[Group]:
             kind = "head-dim"
         elif atom in streams:
             kind = "stream"
-        elif any(item.weight in convolved and item.role for item in slices):
+        elif any(item.weight in convolved and item.role in ("out", "in") for item in slices):
             kind = "conv"
-        elif any(item.role for item in slices):
+        elif any(item.role in ("out", "in") for item in slices):
             kind = "ffn"
-        yield Group(atom, kind, _path(slices), tuple(slices), tuple(dict.fromkeys(norms.get(atom, ()))))
+        yield Group(atom, kind, tuple(slices), tuple(dict.fromkeys(norms.get(atom, ()))))
 
 
 def fixed_of(census: Census) -> Iterator[Fixed]:
     """The atoms of weights that may not be cut."""
     for atom, slices in census.slices.items():
         if atom in census.reasons:
-            yield Fixed(atom, _path(slices), tuple(slices), census.reasons[atom])
-
-
-def _path(slices: Iterable[Slice]) -> str:
-    """The module of the first weight that gives it, of the first of all where none does."""
-    ordered = sorted(slices, key=lambda item: item.role != "out")
-    return ordered[0].weight.rpartition(".")[0] or ordered[0].weight
+            yield Fixed(atom, tuple(slices), census.reasons[atom])
 
 
 def _atoms(structures: Iterable[Structure]) -> set[Atom]:

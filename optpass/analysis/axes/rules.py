@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from optpass.analysis.axes.algebra import Algebra
 from optpass.analysis.axes.structure import UNIT, Size, Structure, is_unit
-from optpass.analysis.operators import argument
+from optpass.analysis.operators import MASKING, POINTWISE_UNARY, argument
 from optpass.ir.graph import path_of
 from optpass.ir.sizes import is_size, size_of, sizes_of
 
@@ -28,14 +28,14 @@ Dims = tuple[Structure, ...]
 Results = Dims | list[Dims]
 Rule = Callable[[Node, "Walk"], Results]
 Function = TypeVar("Function", bound=Rule)
-Role = Literal["out", "in"]
+Role = Literal["out", "in", "scale"]
 
 RULES: dict[Any, Rule] = {}
 """Operator → its rule."""
 
 
 def axis_rule(*operators: Any) -> Callable[[Function], Function]:
-    """Register a function ``(node, walk) → dimensions of the result`` for ``operators``; the last one registered holds."""
+    """Register ``(node, walk) → dimensions of the result`` for ``operators``; the last one registered holds."""
 
     def register(rule: Function) -> Function:
         RULES.update(dict.fromkeys(operators, rule))
@@ -67,7 +67,8 @@ class Walk:
     derived: list[tuple[Structure, Structure]] = field(default_factory=list)
     """Dimensions computed from others by striding, pooling, interpolation: they have their names, not their indices."""
     roles: dict[tuple[str, int], Role] = field(default_factory=dict)
-    """Of a weight (by its name) and a dimension: whether what it computes has it, or what it reads."""
+    """Of a weight (by its name) and a dimension: whether what it computes has it, or what it sums over, or
+    whether it scales what a norm made."""
     heads: list[Structure] = field(default_factory=list)
     head_dims: list[Structure] = field(default_factory=list)
     sums: list[Structure] = field(default_factory=list)
@@ -128,7 +129,7 @@ class Walk:
         return tuple(changes.get(index, structure) for index, structure in enumerate(dims))
 
     def resampled(self, structure: Structure, size: Size, reason: str, *, same: bool = False) -> Structure:
-        """What neighbours along ``structure`` are mixed into: itself where ``same`` says so, a new dimension elsewhere."""
+        """What neighbours along ``structure`` are mixed into: itself if ``same`` and as long, else a new dimension."""
         if is_unit(structure) and size == 1:
             return UNIT
         self.fix(structure, reason)
@@ -139,7 +140,7 @@ class Walk:
         return new
 
     def role(self, weight: Any, dim: int, role: Role) -> None:
-        """``dim`` of ``weight``, if it is one of the store's, is what a product gives or what it sums over."""
+        """What ``dim`` of ``weight``, if it is one of the store's, is to the operator that reads it."""
         if isinstance(weight, Node) and weight.op == "get_attr":
             self.roles[str(weight.target), dim] = role
 
@@ -163,6 +164,8 @@ def number(value: Any) -> Size:
 
 def _is_pointwise(node: Node) -> bool:
     target = node.target
+    if target in POINTWISE_UNARY or target in MASKING:
+        return True
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 

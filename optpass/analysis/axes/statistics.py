@@ -20,7 +20,13 @@ def layer_norm(node: Node, walk: Walk) -> Dims:
         if affine := walk.operand(node, name):
             last = walk.unified(last, affine)
     walk.normalised += [Normalised(node, structure) for structure in last]
+    _scales(node, walk)
     return (*dims[: len(dims) - len(last)], *last)
+
+
+def _scales(node: Node, walk: Walk) -> None:
+    for dim in range(len(walk.operand(node, "weight"))):
+        walk.role(argument(node, "weight"), dim, "scale")
 
 
 @axis_rule(aten.group_norm.default)
@@ -32,6 +38,7 @@ def group_norm(node: Node, walk: Walk) -> Dims:
         if affine := walk.operand(node, name):
             channels = walk.unify(channels, affine[0])
     walk.normalised.append(Normalised(node, channels, int(argument(node, "num_groups"))))
+    _scales(node, walk)
     for structure in dims[2:]:
         walk.fix(structure, "a group norm's statistics run over it")
     return walk.replaced(dims, {1: channels})
@@ -45,6 +52,7 @@ def batch_norm(node: Node, walk: Walk) -> Results:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if affine := walk.operand(node, name):
             channels = walk.unify(channels, affine[0])
+    _scales(node, walk)
     result = walk.replaced(dims, {1: channels})
     return result if not isinstance(node.meta["val"], (tuple, list)) else [result, (UNIT,), (UNIT,)]
 
@@ -53,7 +61,7 @@ def batch_norm(node: Node, walk: Walk) -> Results:
 def along(node: Node, walk: Walk) -> Dims:
     """Every element depends on the others along a dimension."""
     dims = walk.of(node.args[0])
-    walk.fix(dims[dimension(node, "dim", len(dims))], f"{node.target} runs over it")  # type: ignore[arg-type]
+    walk.fix(dims[dimension(node, "dim", len(dims))], f"{node.target} runs over it")
     return dims
 
 
@@ -71,9 +79,7 @@ def statistic(node: Node, walk: Walk) -> Dims:
     return _reduced(node, walk, dims, lambda structure: walk.normalised.append(Normalised(node, structure)))
 
 
-@axis_rule(
-    aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.argmax.default, aten.any.dim, aten.all.dim
-)
+@axis_rule(aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.argmax.default, aten.any.dim, aten.all.dim)
 def reduction(node: Node, walk: Walk) -> Dims:
     """Without some dimensions, or with 1 element of them."""
     dims = walk.of(node.args[0])

@@ -1,4 +1,4 @@
-"""What a dimension is made of: atoms, products of them (heads × head-dim), concatenations of them (a skip's two parts)."""
+"""What a dimension is made of: atoms, products of them (heads × head-dim), concatenations of them (skips)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,125 @@
+"""What a cut will save, before anything is cut: MACs and parameters as sums of products of sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch.fx import Node
+
+from optpass.analysis.axes.axes import Axes
+from optpass.analysis.axes.rules import Dims, Walk
+from optpass.analysis.axes.structure import Atom, Structure, atoms, is_unit, resolved, terms
+from optpass.analysis.cost import call_shares
+from optpass.analysis.mac_rules import macs_of
+from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, argument, aten
+from optpass.ir.program import Program
+
+Counts = dict[Atom, int]
+"""How many elements of an atom stay; all of those that are not named."""
+MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+
+
+@dataclass(frozen=True)
+class Term:
+    """``amount``, which falls with each of ``sizes`` in proportion."""
+
+    amount: float
+    sizes: tuple[Structure, ...]
+
+    def at(self, counts: Counts) -> float:
+        return self.amount * prod(share(structure, counts) for structure in self.sizes)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """MACs of a call (of a loop, in the mean of a period) and parameters, as functions of what stays."""
+
+    macs_terms: tuple[Term, ...]
+    parameter_terms: tuple[Term, ...]
+
+    def macs(self, counts: Counts) -> float:
+        return sum(term.at(counts) for term in self.macs_terms)
+
+    def parameters(self, counts: Counts) -> float:
+        return sum(term.at(counts) for term in self.parameter_terms)
+
+
+def forecast(program: Program, found: Axes) -> Forecast:
+    """The costs of ``program``, analysed as ``found``, after any cut. Operators without a term keep theirs."""
+    shares = call_shares(program.loop) if program.loop else dict.fromkeys(program.entries, 1)
+    macs = [
+        Term(float(shares.get(name, 0)) * amount, sizes)
+        for name, graph in program.entries.items()
+        for node in graph.calls
+        if macs_of(node)
+        for amount, sizes in _terms(node, found.walk)
+    ]
+    parameters = [
+        Term(program.weights[name].numel, dims)
+        for name, dims in found.walk.weights.items()
+        if program.weights[name].dtype.is_floating_point
+    ]
+    return Forecast(tuple(macs), tuple(parameters))
+
+
+def share(structure: Structure, counts: Counts) -> float:
+    """The part of ``structure`` that stays."""
+    structure = resolved(structure)
+    if isinstance(structure, Atom):
+        return counts[structure] / structure.size if structure in counts else 1.0
+    if not any(atom in counts for atom in atoms(structure)):
+        return 1.0
+    parts = terms(structure)
+    if len(parts) == 1:
+        return prod(share(part, counts) for part in structure.parts)
+    return float(sum(part.size * share(part, counts) for part in parts) / structure.size)
+
+
+def _terms(node: Node, walk: Walk) -> list[tuple[float, Dims]]:
+    """MACs of a product: those of its result, times what it sums over."""
+    result, total = walk.of(node), macs_of(node)
+    rule = _SUMMED.get(node.target)
+    if rule is not None:
+        return [(total, (*result, *rule(node, walk)))]
+    if node.target in TRANSPOSED:
+        return [(total, (*walk.operand(node, "input"), walk.operand(node, "weight")[1]))]
+    if node.target in FUSED_ATTENTION:
+        return _attention(node, walk, total)
+    return [(total, ())]
+
+
+def _attention(node: Node, walk: Walk, total: int) -> list[tuple[float, Dims]]:
+    query, value = walk.operand(node, "query"), walk.operand(node, "value")
+    widths = (query[-1], value[-1])
+    whole = sum(1 if is_unit(width) else width.size for width in widths)
+    outer = walk.of(node)[:-1]
+    return [(total * (1 if is_unit(width) else width.size) / whole, (*outer, width)) for width in widths]
+
+
+def _linear(node: Node, walk: Walk) -> Dims:
+    return (walk.operand(node, "weight")[-1],)
+
+
+def _convolution(node: Node, walk: Walk) -> Dims:
+    return (walk.operand(node, "weight")[1],)
+
+
+def _matmul(node: Node, walk: Walk) -> Dims:
+    return (walk.of(node.args[0])[-1],)
+
+
+def _added_matmul(node: Node, walk: Walk) -> Dims:
+    return (walk.of(argument(node, "mat1" if node.target is aten.addmm.default else "batch1"))[-1],)
+
+
+_SUMMED: dict[Any, Callable[[Node, Walk], Dims]] = {
+    aten.linear.default: _linear,
+    aten.addmm.default: _added_matmul,
+    aten.baddbmm.default: _added_matmul,
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **dict.fromkeys(MATMULS, _matmul),
+}

@@ -1,0 +1,106 @@
+"""Units of a whole Program: one module's, wherever an entry has it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from optpass.analysis.units import Unit, UnitKind, outermost, units
+from optpass.errors import UserError
+from optpass.ir.graph import Graph
+from optpass.ir.loop import PRESENT
+from optpass.ir.program import Program
+
+Forest = Mapping[str, tuple[Unit, ...]]
+"""The outermost units of every entry."""
+SHOWN = 3
+"""Paths that are shown where a pattern matches none."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A ``unit`` of an ``entry``."""
+
+    entry: str
+    unit: Unit
+
+
+Places = dict[str, list[Place]]
+"""Units by their path: what is removed together, in every entry, and at every call of a module that is called often."""
+
+
+def forest(program: Program) -> Forest:
+    """The units of every entry of ``program``."""
+    return {name: units(graph, program.weights) for name, graph in program.entries.items()}
+
+
+def places(found: Forest, wanted: Callable[[Unit], bool]) -> Places:
+    """The largest units that are ``wanted``, in the order of the entries."""
+    made: Places = {}
+    for entry, roots in found.items():
+        for unit in outermost(roots, wanted):
+            made.setdefault(unit.path, []).append(Place(entry, unit))
+    return made
+
+
+def named_places(found: Forest, kind: UnitKind | None, *lists: Sequence[str]) -> Places:
+    """The largest units of a ``kind`` (of any, where it is ``None``) that each list of path patterns names.
+
+    An empty list names all.
+
+    Raises:
+        UserError: a pattern names none of them; the nearest paths are shown.
+    """
+
+    def wanted(unit: Unit) -> bool:
+        return (kind is None or unit.is_kind(kind)) and all(unit.is_named(each) for each in lists if each)
+
+    chosen = places(found, wanted)
+    members = [place.unit for group in chosen.values() for place in group]
+    for pattern in (pattern for each in lists for pattern in each):
+        if not any(unit.is_named([pattern], whole=False) for unit in members):
+            paths = dict.fromkeys(unit.path for unit in all_units(found) if kind is None or unit.is_kind(kind))
+            of_kind = f" of kind {kind}" if kind else ""
+            raise UserError(f"no residual branch{of_kind} matches {pattern!r}{_nearest(pattern, list(paths))}")
+    return chosen
+
+
+def _nearest(pattern: str, paths: list[str]) -> str:
+    near = difflib.get_close_matches(pattern, paths, n=SHOWN, cutoff=0.3) or paths[:SHOWN]
+    return f"; the nearest are {', '.join(near)}" if near else "; the model has none"
+
+
+def all_units(found: Forest) -> Iterable[Unit]:
+    """The outermost units of all entries and every part of them."""
+    pending = [unit for roots in found.values() for unit in roots]
+    pending.reverse()
+    while pending:
+        unit = pending.pop()
+        yield unit
+        pending.extend(reversed(list(unit.parts())))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a unit cannot be removed, and the ``entry`` in which it cannot."""
+
+    entry: str
+    reason: str
+
+
+def refusal(program: Program, members: Iterable[Place]) -> Refusal | None:
+    """The first reason why a unit cannot be removed at all its places; ``None`` where it can."""
+    for place in members:
+        if reason := place.unit.refusal or _kept(program.entries[place.entry], place.unit):
+            return Refusal(place.entry, reason)
+    return None
+
+
+def _kept(graph: Graph, unit: Unit) -> str:
+    """Why another step goes on needing what the unit computes; empty where none does."""
+    inside = set(unit.nodes)
+    for name, node in zip(graph.signature.outputs, graph.output_node.args[0], strict=True):  # type: ignore[arg-type]
+        if name.startswith(PRESENT) and node in inside:
+            return f"later steps reuse what it computes ({name}): prune before caching"
+    return ""

@@ -1,0 +1,89 @@
+"""How much each element of a group matters, by what stands in its weights: one weight in memory at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from optpass.analysis.axes import Axes, Group
+from optpass.analysis.axes.structure import Atom, Concatenation, Structure, resolved
+from optpass.ir.program import Program
+
+Criterion = Literal["l1", "l2", "norm-scale", "taylor", "random"]
+Values = Mapping[str, Tensor]
+
+
+def channel_scores(
+    program: Program,
+    found: Axes,
+    groups: Sequence[Group],
+    criterion: Criterion,
+    *,
+    importance: Values | None = None,
+    seed: int = 0,
+) -> dict[Atom, Tensor]:
+    """A score for every element of every group, [size] in float64; the lower, the sooner it goes.
+
+    ``l1`` and ``l2``: the norm of everything in the weights of products that an element is a part of, whether they
+    give it or sum over it (Li et al., arXiv 1608.08710; over groups: Fang et al., arXiv 2301.12900). ``norm-scale``:
+    |γ| of the norms on it (Liu et al., arXiv 1708.06519). ``taylor``: the sum of ``importance``, which has a value
+    for every element of every weight (Molchanov et al., arXiv 1906.10771). A group without such weights has no score.
+    """
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {group.atom: torch.rand(group.size, generator=generator, dtype=torch.float64) for group in groups}
+    roles = ("scale",) if criterion == "norm-scale" else ("out", "in")
+    wanted: dict[str, list[tuple[Group, int]]] = defaultdict(list)
+    for group in groups:
+        for item in group.slices:
+            if item.role in roles:
+                wanted[item.weight].append((group, item.dim))
+    scores: dict[Atom, Tensor] = {}
+    for name, places in wanted.items():
+        value = importance[name] if importance is not None else program.weights[name].evaluate()
+        sums: dict[int, Tensor] = {}
+        for group, dim in places:
+            if dim not in sums:
+                sums[dim] = _along(value, dim, criterion)
+            vector = _folded(sums[dim], found.weight(name)[dim], group.atom)
+            scores[group.atom] = scores[group.atom] + vector if group.atom in scores else vector
+    return {atom: score.sqrt() if criterion == "l2" else score for atom, score in scores.items()}
+
+
+def _along(value: Tensor, dim: int, criterion: Criterion) -> Tensor:
+    """Squares (of ``l2``) or magnitudes, summed over everything but ``dim``."""
+    others = [other for other in range(value.ndim) if other != dim]
+    if criterion == "l2":
+        norms: Tensor = torch.linalg.vector_norm(value, dim=others, dtype=_accumulated(value)) if others else value
+        return norms.double().square()
+    sizes = value.abs().sum(others, dtype=_accumulated(value)) if others else value.abs()
+    return sizes.double()
+
+
+def _accumulated(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def _folded(vector: Tensor, structure: Structure, atom: Atom) -> Tensor:
+    """Per element of ``atom``, what ``vector``, which lies along ``structure``, comes to."""
+    places = places_of(structure, atom)
+    inside = places >= 0
+    return torch.zeros(int(atom.size), dtype=vector.dtype).index_add(0, places[inside], vector[inside])
+
+
+def places_of(structure: Structure, atom: Atom) -> Tensor:
+    """For every element of ``structure``, the index of ``atom`` that it belongs to; -1 where it belongs to none."""
+    structure = resolved(structure)
+    if isinstance(structure, Atom):
+        return torch.arange(structure.size) if structure is atom else torch.full((structure.size,), -1)
+    if isinstance(structure, Concatenation):
+        return torch.cat([places_of(part, atom) for part in structure.parts])
+    found = torch.full((1,), -1)
+    for part in structure.parts:
+        inner = places_of(part, atom)
+        found = torch.maximum(found[:, None], inner[None, :]).flatten()
+    return found

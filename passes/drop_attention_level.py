@@ -1,0 +1,89 @@
+"""The pass ``drop-attention-level``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from pydantic import Field
+
+from optpass.analysis.places import Forest, Places, forest, places, refusal
+from optpass.analysis.units import ATTENTION, Unit
+from optpass.ir.program import Program
+from optpass.pipeline.contract import approximate
+from optpass.pipeline.passes import Context, Pass
+from optpass.rewrite.unit_removal import without_units
+
+STEP = 2
+"""Positions of one level over those of the next, at least: text tokens beside image tokens are no level."""
+
+
+class DropAttentionLevel(Pass):
+    """x + transformer(x) → x for every transformer at the highest resolution: attention, feed-forward and projections.
+
+    What goes is the whole residual branch, with its norms, its embeddings and what projects the context for it.
+    Levels are found from the graph: the resolutions at which residual branches work, from the highest, 0; in SD 1.5
+    the 64×64 of `down_blocks.0` and `up_blocks.3`, 5 transformers, 859.5 M → 846.8 M parameters. The highest resolution
+    counts whether it has attention or not, so a second run finds nothing more.
+
+    Leaves alone, with the reason: models that attend at one resolution only (DiT), where nothing would be left;
+    transformers over frames alone (prune-blocks has kind temporal); units that a cache keeps for later steps. The
+    difference is measured and reported; a model wants a fine-tuning afterwards.
+
+    Sources: Mobile-Pix2Pix in MoViE, arXiv 2412.06578, section 3; the Efficient UNet of Clockwork Diffusion, arXiv
+    2312.08128, section 5; after SnapFusion, arXiv 2306.00980.
+    """
+
+    levels: tuple[int, ...] = Field((0,), min_length=1, description="resolutions by number, from the highest, 0")
+
+    contract = approximate()
+
+    def run(self, program: Program, context: Context) -> Program:
+        found = forest(program)
+        tops = _tops(found)
+        if len(tops) < 2:
+            context.decline("(root)", "all residual branches work at one resolution: there are no levels")
+            return program
+        chosen: Places = {}
+        for level in self.levels:
+            if level >= len(tops):
+                context.decline("(root)", f"there is no level {level}: the levels are 0 to {len(tops) - 1}")
+                continue
+            transformers = places(found, partial(_is_transformer, tops=tops, level=level))
+            if not transformers:
+                context.decline("(root)", f"nothing attends at level {level} ({tops[level]} positions)")
+            chosen |= transformers
+        return without_units(program, self._allowed(program, chosen, context))
+
+    def _allowed(self, program: Program, chosen: Places, context: Context) -> Places:
+        allowed: Places = {}
+        for path, members in chosen.items():
+            if refused := refusal(program, members):
+                context.decline(path, refused.reason, refused.entry)
+                continue
+            if all(place.unit.mixes == {"temporal"} for place in members):
+                context.decline(path, "it attends over frames alone: prune-blocks has kind temporal", members[0].entry)
+                continue
+            allowed[path] = members
+            for entry in dict.fromkeys(place.entry for place in members):
+                context.rewrote(path, entry)
+        return allowed
+
+
+def _tops(found: Forest) -> list[int]:
+    """The most positions of each level, from the highest resolution on."""
+    tops: list[int] = []
+    for positions in sorted({unit.positions for roots in found.values() for unit in roots}, reverse=True):
+        if not tops or positions * STEP <= tops[-1]:
+            tops.append(positions)
+    return tops
+
+
+def _is_transformer(unit: Unit, tops: Sequence[int], level: int) -> bool:
+    """Whether ``unit`` attends, and works at ``level`` with all that lies inside."""
+    return not unit.kinds.isdisjoint(ATTENTION) and _is_at(unit, tops, level)
+
+
+def _is_at(unit: Unit, tops: Sequence[int], level: int) -> bool:
+    at = max(index for index, top in enumerate(tops) if top >= min(unit.positions, tops[0]))
+    return at == level and all(_is_at(inner, tops, level) for branch in unit.branches for inner in branch.inner)
