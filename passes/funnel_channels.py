@@ -52,7 +52,7 @@ class FunnelChannels(Pass):
         ("attention-qk", "attention-vo"), min_length=1, description="attention-qk, attention-vo, conv"
     )
     axis: Literal["spatial", "temporal", "both"] = Field("both", description="layers that mix frames alone, or others")
-    match: tuple[str, ...] = Field((), description="only pairs whose first layer matches, e.g. '*.attn1.*'; empty: all")
+    match: tuple[str, ...] = Field((), description="only pairs of which a layer matches, e.g. '*.attn1.*'; empty: all")
     merged: bool = Field(True, description="narrow weights; false: the original ones with adaptors, for training")
 
     contract = approximate()
@@ -64,7 +64,8 @@ class FunnelChannels(Pass):
     def requires(self, program: Program) -> list[str]:
         if not self.match:
             return []
-        paths = [group.path for group in axes_of(program).groups if scope_of(group) in self.scope]
+        groups = [group for group in axes_of(program).groups if scope_of(group) in self.scope]
+        paths = {path for group in groups for path in group.paths}
         return [
             f"match: {pattern!r} matches no layer of {', '.join(self.scope)}{nearest(pattern, paths)}"
             for pattern in self.match
@@ -84,7 +85,9 @@ class FunnelChannels(Pass):
             weights = weights.updated(funnel.merged())
             funnels.append(funnel)
             context.rewrote(pair.path)
-        context.facts["funnels"] = {each.pair.group.label: [each.pair.width, each.rank] for each in funnels}
+        context.facts["pruning"] = [
+            {"group": each.pair.group.label, "before": each.pair.width, "after": each.rank} for each in funnels
+        ]
         changed = {name: expression for name, expression in weights.items() if expression is not originals[name]}
         kept = {each.pair.group.atom: tuple(range(each.rank)) for each in funnels}
         program = cut(program, found, kept, changed)
@@ -92,7 +95,8 @@ class FunnelChannels(Pass):
 
     def _pairs(self, pairs: Pairs, groups: tuple[Group, ...], context: Context) -> Iterator[Pair]:
         for group in groups:
-            if scope_of(group) not in self.scope or (self.match and not matches(group.path, self.match)):
+            matched = not self.match or any(matches(path, self.match) for path in group.paths)
+            if scope_of(group) not in self.scope or not matched:
                 continue
             try:
                 pair = pairs.around(group)

@@ -98,9 +98,9 @@ class Pairs:
         scope = scope_of(group)
         assert scope is not None
         nodes = self._carriers[group.atom]
-        batches = self._batches(group)
         for node in nodes:
             self._check_between(node, group.atom, scope)
+        batches = self._batches(group)
         writers, readers, norms = self._sorted(group, scope)
         products = [node for node in nodes if node.target in FUSED_ATTENTION | MATMULS]
         if scope == "attention-qk":
@@ -146,7 +146,7 @@ class Pairs:
             if last is not group.atom or group.atom in before:
                 raise UnpairedError(f"{item.weight} has other rows beside its own")
             if any(not isinstance(part, Atom) for part in before) or (outer is not None and before != outer):
-                raise UnpairedError("its layers have different numbers of heads")
+                raise UnpairedError(f"{item.weight} has other rows: of shared heads, or of several projections in one")
             outer = before
         return prod(int(part.size) for part in outer or ())
 
@@ -257,4 +257,3 @@ def _places(user: Node, weight: str) -> Iterator[str]:
 def _is_scalar(node: Node) -> bool:
     value = node.meta["val"]
     return isinstance(value, Tensor) and value.numel() == 1
-
