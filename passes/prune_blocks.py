@@ -10,15 +10,14 @@ from pydantic import Field, field_validator, model_validator
 from optpass.analysis.places import Place, Places, forest, named_places, refusal
 from optpass.analysis.units import UnitKind
 from optpass.errors import UserError
-from optpass.evaluate.calibration import Request
-from optpass.evaluate.model_calls import pipeline_calls, random_calls
-from optpass.evaluate.removal_errors import Calls, removal_errors
-from optpass.evaluate.widened import widened
+from optpass.evaluate.generation import pipeline_folder
+from optpass.evaluate.importance import Calls, random_calls, sampled_calls
+from optpass.evaluate.removal_errors import removal_errors
 from optpass.ir.program import Program
 from optpass.pipeline.contract import Contract, approximate, exact
 from optpass.pipeline.passes import Context, Pass
-from optpass.rewrite.stepping import computed_entry
 from optpass.rewrite.unit_removal import drop_gates, gate_of, with_gates, without_units
+from optpass.runtime.folder import build_pipeline
 from optpass.runtime.sampling import LABELS, Asked
 
 
@@ -161,27 +160,19 @@ class PruneBlocks(Pass):
         gates = {path: gate_of(members[0].unit) for path, members in candidates.items()}
         if self.importance == "gates":
             return {path: float(program.weights[name].evaluate()) for path, name in gates.items()}
-        trial = widened(program.copy())
+        trial = program.copy()
         again = named_places(forest(trial), self.kind, self.match)
         gated = with_gates(trial, {path: again[path] for path in candidates})
-        errors = removal_errors(gated, list(gates.values()), self._measured(gated))
+        errors = removal_errors(gated, gates.values(), self._measured(program))
         return {path: errors[name] for path, name in gates.items()}
 
-    def _measured(self, program: Program) -> dict[str, Calls]:
-        """The calls of each entry on which errors are measured.
-
-        Raises:
-            UserError: a step is more than one entry.
-        """
-        if program.loop is None:
-            return {entry: random_calls(program, entry, self.calls, self.seed) for entry in program.entries}
-        entry = computed_entry(program.loop)
-        if entry is None or not program.loop.stateless:
-            raise UserError("errors are measured on whole steps, and the steps are split already: prune before caching")
-        if not program.origin.pipeline:
-            return {entry: random_calls(program, entry, self.calls, self.seed)}
+    def _measured(self, program: Program) -> Calls:
+        """The calls on which errors are measured: the pipeline's own, where there is one."""
+        if program.loop is None or not program.origin.pipeline:
+            return random_calls(program, self.calls, self.seed)
+        pipeline = build_pipeline(pipeline_folder(program), {})
         asked = Asked(self.prompt, self.labels, None, self.steps, self.guidance, self.call)
-        return {entry: pipeline_calls(program, entry, self.calls, Request(asked, self.samples, self.seed))}
+        return sampled_calls(program, pipeline, asked, self.calls, samples=self.samples, seed=self.seed)
 
 
 def _told(chosen: Places, context: Context) -> Places:

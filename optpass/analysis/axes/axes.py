@@ -15,6 +15,7 @@ from optpass.analysis.axes.naming import names_of
 from optpass.analysis.axes.rules import Dims, Normalised, Walk
 from optpass.analysis.axes.structure import Atom, Structure, atoms
 from optpass.analysis.operators import FUSED_ATTENTION
+from optpass.collection import collection_paused
 from optpass.ir.graph import Graph
 from optpass.ir.loop import Loop, past, present
 from optpass.ir.program import Program
@@ -72,9 +73,10 @@ def axes_of(program: Program) -> Axes:
     walk = Walk()
     states: dict[str, Dims] = {}
     inputs: list[Node] = []
-    for graph in program.entries.values():
-        inputs += _walk_entry(graph, walk, _ports(program.loop), states)
-    return Axes(walk, tuple(inputs), Census.of(walk))
+    with collection_paused():
+        for graph in program.entries.values():
+            inputs += _walk_entry(graph, walk, _ports(program.loop), states)
+        return Axes(walk, tuple(inputs), Census.of(walk))
 
 
 def _ports(loop: Loop | None) -> dict[str, str]:
