@@ -168,9 +168,7 @@ def call_shares(loop: Loop) -> dict[str, Fraction]:
 def _measure_entry(graph: Graph, weights: WeightStore) -> EntryCost:
     products = attention_products(graph)
     nodes = tuple(_node(node, node in products) for node in operators(graph))
-    read = graph.weight_names
-    statistics = statistics_of(graph)
-    parameters = {name: weights[name].numel for name in read if name not in statistics and _is_parameter(weights[name])}
+    read, parameters = graph.weight_names, parameters_of(graph, weights)
     totals = Totals(
         parameters=sum(parameters.values()),
         macs=sum(node.macs for node in nodes),
@@ -179,6 +177,13 @@ def _measure_entry(graph: Graph, weights: WeightStore) -> EntryCost:
         peak_activation_bytes=peak_activation_bytes(graph),
     )
     return EntryCost(totals, nodes, parameters)
+
+
+def parameters_of(graph: Graph, weights: WeightStore) -> dict[str, int]:
+    """The parameters that ``graph`` reads, each with its number of elements."""
+    statistics = statistics_of(graph)
+    names = [name for name in graph.weight_names if name not in statistics]
+    return {name: weights[name].numel for name in names if _is_parameter(weights[name])}
 
 
 def _node(node: Node, is_attention: bool) -> NodeCost:

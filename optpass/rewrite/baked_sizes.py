@@ -29,7 +29,7 @@ from optpass.analysis.axes.structure import (
     resolved,
 )
 from optpass.analysis.operators import CONVOLUTIONS, argument, aten
-from optpass.analysis.pieces import SPLITS, piece_of
+from optpass.analysis.pieces import SPLITS, slice_piece
 from optpass.ir.graph import Graph, shape_of
 from optpass.ir.sizes import materialise
 
@@ -167,7 +167,9 @@ def interpolated(node: Node, sizes: NewSizes) -> Arguments:
     if asked is None:
         return {}
     rank = len(asked)
-    before, operand, after = shape_of(source)[-rank:], sizes.of(source)[-rank:], sizes.of(node)[-rank:]
+    # Not as the shapes have it: the operand's is up to date already.
+    before = [structure.size for structure in sizes.walk.of(source)[-rank:]]
+    operand, after = sizes.of(source)[-rank:], sizes.of(node)[-rank:]
     return {"output_size": [_interpolated(*item) for item in zip(asked, before, operand, after, strict=True)]}
 
 
@@ -230,15 +232,27 @@ def _groups(node: Node, sizes: NewSizes, channels: Any, weight: tuple[Any, ...],
 @size_rule(aten.slice.Tensor)
 def slice_(node: Node, sizes: NewSizes) -> Arguments:
     """Start and end."""
-    source: Any = node.args[0]
-    piece = piece_of(node)
-    if piece is None or piece.is_whole:
-        return {}
-    structure = sizes.walk.of(source)[piece.dim]
+    dim = dimension(node, "dim", len(shape_of(node)))
+    structure, part = (sizes.walk.of(value)[dim] for value in (node.args[0], node))
     if sizes.size(structure) == structure.size:
+        return {}
+    # Not as the shapes have it: the operand's is up to date already.
+    piece = slice_piece(node, structure.size, part.size)
+    if piece is None or (piece.start == 0 and piece.stop == structure.size):
         return {}
     start, stop = (sizes.before(structure, border) for border in (piece.start, piece.stop))
     return {"start": start, "end": stop}
+
+
+@size_rule(aten.narrow.default)
+def narrow(node: Node, sizes: NewSizes) -> Arguments:
+    """Start and length."""
+    dim, start = dimension(node, "dim", len(shape_of(node))), argument(node, "start")
+    structure = sizes.walk.of(node.args[0])[dim]
+    if isinstance(start, Node) or sizes.size(structure) == structure.size:
+        return {}
+    start = start + structure.size if start < 0 else start
+    return {"start": sizes.before(structure, start), "length": sizes.of(node)[dim]}
 
 
 @size_rule(*SPLITS)

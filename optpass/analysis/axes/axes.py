@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from optpass.analysis.attention import attention_products
-from optpass.analysis.axes import arrangements, creation, products, statistics
+from optpass.analysis.axes import arrangements, creation, lookups, products, statistics, windows
 from optpass.analysis.axes.groups import Census, Fixed, Group, fixed_of, groups_of
 from optpass.analysis.axes.naming import names_of
 from optpass.analysis.axes.rules import Dims, Normalised, Walk
@@ -20,7 +20,7 @@ from optpass.ir.graph import Graph
 from optpass.ir.loop import Loop, past, present
 from optpass.ir.program import Program
 
-RULE_FILES = (arrangements, creation, products, statistics)
+RULE_FILES = (arrangements, creation, lookups, products, statistics, windows)
 """Imported so that their rules are registered."""
 
 
@@ -98,6 +98,7 @@ def _walk_entry(graph: Graph, walk: Walk, ports: dict[str, str], states: dict[st
             if name not in walk.weights:
                 walk.weights[name] = tuple(map(walk.new, walk.shape(node)))
             walk.values[node] = walk.weights[name]
+            walk.stored.add(node)
         elif node.op == "call_function":
             walk.visit(node)
     outputs: Any = graph.output_node.args[0]
@@ -117,8 +118,7 @@ def _state(walk: Walk, states: dict[str, Dims], name: str, dims: Dims) -> Dims:
 
 def _fix(walk: Walk, dims: Dims, reason: str) -> None:
     walk.algebra.place = ""
-    for structure in dims:
-        walk.fix(structure, reason)
+    walk.fix_all(dims, reason)
 
 
 def _note_attention(graph: Graph, walk: Walk) -> None:
