@@ -57,6 +57,9 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python cod
 StructureOnly = Annotated[
     bool, typer.Option("--structure-only", help="Read no weights: costs and the report, no engine.")
 ]
+Unhealed = Annotated[
+    bool, typer.Option("--unhealed", help="Take passes that need training without it; quality is then undefined.")
+]
 
 
 @app.command()
@@ -74,6 +77,7 @@ def apply(
     component: Component = None,
     dtype: Dtype = None,
     structure_only: StructureOnly = False,
+    unhealed: Unhealed = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing bundle, once the new one is finished.")
     ] = False,
@@ -114,6 +118,7 @@ def apply(
         component=component,
         dtype=dtype,
         structure_only=structure_only,
+        unhealed=unhealed,
         force=force,
         verify=verify,  # type: ignore[arg-type]
         baseline=baseline,
@@ -153,6 +158,7 @@ def plan(
         bool, typer.Option("--assume-weights", help="Plan as though a checkpoint without weights had them.")
     ] = False,
     structure_only: StructureOnly = False,
+    unhealed: Unhealed = False,
     force: Annotated[bool, typer.Option("--force", help="The bundle would replace an existing one.")] = False,
     verify: Annotated[str, typer.Option(help="As the apply would be given it: auto, always, never.")] = "auto",
     baseline: Annotated[bool, typer.Option(help="As the apply would be given it.")] = True,
@@ -183,6 +189,7 @@ def plan(
         component=component,
         dtype=dtype,
         structure_only=structure_only,
+        unhealed=unhealed,
         force=force,
         verify=verify,  # type: ignore[arg-type]
         baseline=baseline,

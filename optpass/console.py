@@ -146,6 +146,10 @@ def report_summary(report: Mapping[str, Any], folder: str) -> None:
     rows = [totals_row("captured", report["before"]["totals"])]
     rows += [totals_row(_pass_label(item), item["after"]["totals"]) for item in report["passes"]]
     out.print(table("", TOTALS_HEADERS, rows))
+    if report.get("ladder"):
+        out.print()
+        out.print(ladder_table(report["ladder"]))
+        out.print(LADDER_NOTE, style="dim")
     for item in report["passes"]:
         if item.get("verified"):
             out.print(f"  {escape(item['name'])}: {item['contract']}, {escape(item['verified'])}")
@@ -155,6 +159,49 @@ def report_summary(report: Mapping[str, Any], folder: str) -> None:
         out.print(f"  {line}")
     out.print(f"\n[bold]{escape(folder)}[/bold]  ({report['seconds']:.1f} s)")
     out.print(f"  report: {escape(folder)}/report.html")
+
+
+def ladder_table(rungs: Sequence[Mapping[str, Any]]) -> Table:
+    """A row a pass: evaluations of the denoiser for a sample, what one takes, what the whole pipeline takes."""
+    first = next((rung["total"] for rung in rungs if rung["total"]), None)
+    return table("", LADDER_HEADERS, [_rung_row(rung, first) for rung in rungs])
+
+
+LADDER_HEADERS = (
+    "a sample",
+    "evaluations",
+    "TFLOP each",
+    "without attention",
+    "beside",
+    "TFLOP a sample",
+    "without attention",
+    "fewer",
+    "parameters",
+)
+LADDER_NOTE = (
+    "FLOP = 2·MAC of linear, convolution, matmul and attention; 'without attention' leaves QKᵀ and AV out, as some "
+    "papers do; 'beside' are the pipeline's other components, each method once"
+)
+
+
+def _rung_row(rung: Mapping[str, Any], first: int | None) -> list[str]:
+    total, most = rung["total"], "≤ " if rung["bound"] else ""
+    sample = ["", "", ""]
+    if total:
+        sample = [most + _tera(total), most + _tera(total - rung["total_attention"]), f"{first / total:.4g}×"]
+    return [
+        rung["name"],
+        str(rung["evaluations"] or "?"),
+        _tera(rung["macs"]),
+        _tera(rung["macs"] - rung["macs_attention"]),
+        _tera(rung["beside"]) if rung["beside"] else "",
+        *sample,
+        millions(rung["parameters"]),
+    ]
+
+
+def _tera(macs: int) -> str:
+    return f"{2 * macs / 1e12:.4g}"
 
 
 def _component_row(record: Mapping[str, Any]) -> list[str]:
@@ -189,6 +236,8 @@ def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"gate {escape(gate['metric'])} after {escape(gate['after'])}: {gate['value']:.4g}, held"
     if added := report.get("added"):
         yield f"the original has what {escape(' and '.join(added))} put in, in its plain form"
+    if unhealed := report.get("unhealed"):
+        yield f"quality is undefined until training heals {escape(', '.join(unhealed))}"
     if loop := report.get("loop"):
         yield loop_line(loop)
     if difference := report.get("engine_difference"):

@@ -53,7 +53,7 @@ class PruneChannels(Pass):
     ranking: Literal["group", "global"] = Field("group", description="whether groups compete")
     kinds: tuple[Kind, ...] = Field(("conv", "ffn", "head-dim", "stream"), min_length=1, description="what is pruned")
     match: tuple[str, ...] = Field(("*",), min_length=1, description="modules whose groups are pruned")
-    exclude: tuple[str, ...] = Field((), description="modules whose groups are not")
+    exclude: tuple[str, ...] = Field((), description="modules none of whose groups are")
     multiple_of: int = Field(1, ge=1, description="what the sizes that stay are multiples of (heads excepted)")
     limit: float = Field(0.9, gt=0, lt=1, description="largest share of a group that goes, for a budget")
     trials: int = Field(4, ge=1, description="random calls that the Taylor criterion is computed on")
@@ -117,7 +117,8 @@ class PruneChannels(Pass):
         return chosen
 
     def _in_scope(self, item: Group | Fixed) -> bool:
-        return any(matches(path, self.match) and not matches(path, self.exclude) for path in item.paths)
+        within = any(matches(path, self.match) for path in item.paths)
+        return within and not any(matches(path, self.exclude) for path in item.paths)
 
     def _scores(
         self, program: Program, found: Axes, groups: Sequence[Group], context: Context

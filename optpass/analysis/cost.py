@@ -7,7 +7,7 @@ them (DeepSpeed and torch's FlopCounterMode do not see every fused attention).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
@@ -168,9 +168,7 @@ def call_shares(loop: Loop) -> dict[str, Fraction]:
 def _measure_entry(graph: Graph, weights: WeightStore) -> EntryCost:
     products = attention_products(graph)
     nodes = tuple(_node(node, node in products) for node in operators(graph))
-    read = graph.weight_names
-    statistics = {str(node.target) for node in _statistics(graph.calls)}
-    parameters = {name: weights[name].numel for name in read if name not in statistics and _is_parameter(weights[name])}
+    read, parameters = graph.weight_names, parameters_of(graph, weights)
     totals = Totals(
         parameters=sum(parameters.values()),
         macs=sum(node.macs for node in nodes),
@@ -181,19 +179,29 @@ def _measure_entry(graph: Graph, weights: WeightStore) -> EntryCost:
     return EntryCost(totals, nodes, parameters)
 
 
+def parameters_of(graph: Graph, weights: WeightStore) -> dict[str, int]:
+    """The parameters that ``graph`` reads, each with its number of elements."""
+    statistics = statistics_of(graph)
+    names = [name for name in graph.weight_names if name not in statistics]
+    return {name: weights[name].numel for name in names if _is_parameter(weights[name])}
+
+
 def _node(node: Node, is_attention: bool) -> NodeCost:
     macs = macs_of(node)
     attention = macs if is_attention else attention_inside(node)
     return NodeCost(node.name, str(node.meta.get(PATH, "")), operator_name(node), macs, attention, is_counted(node))
 
 
-def _statistics(nodes: Iterable[Node]) -> Iterable[Node]:
-    for node in nodes:
+def statistics_of(graph: Graph) -> set[str]:
+    """The weights that are running statistics of a normalisation: nobody trains them."""
+    found = set()
+    for node in graph.calls:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
             if argument.name in STATISTICS and isinstance(value, Node):
-                yield value
+                found.add(str(value.target))
+    return found
 
 
 def _is_parameter(expression: Expression) -> bool:

@@ -45,7 +45,9 @@ def piece_of(node: Any) -> Piece | None:
     if not isinstance(node, Node):
         return None
     if node.target is aten.slice.Tensor:
-        return _slice(node)
+        source: Any = node.args[0]
+        dim = int(argument(node, "dim")) % len(shape_of(source))
+        return slice_piece(node, shape_of(source)[dim], shape_of(node)[dim])
     if node.target is operator.getitem:
         return _part(node)
     return None
@@ -62,12 +64,12 @@ def extent(part: Node, dim: int) -> Any:
     return 0 if shape == (0,) else shape[dim]
 
 
-def _slice(node: Node) -> Piece | None:
+def slice_piece(node: Node, size: Any, length: Any) -> Piece | None:
+    """What the slice ``node`` takes, ``length`` elements of the ``size`` that there are."""
     source: Any = node.args[0]
     if argument(node, "step") != 1:
         return None
     dim = int(argument(node, "dim")) % len(shape_of(source))
-    size, length = shape_of(source)[dim], shape_of(node)[dim]
     start, end = (_size(argument(node, name)) for name in ("start", "end"))
     if end is None or end in (TO_THE_END, size):
         return Piece(source, dim, size - length, size)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from optpass.capture import (
 from optpass.capture.precision import PRECISIONS
 from optpass.capture.request import Request, Source
 from optpass.capture.spans import Sizes
+from optpass.collection import collection_paused
 from optpass.errors import UserError
 from optpass.ir.program import Program
 
@@ -115,18 +114,6 @@ def capture_pipeline(
         raise UserError(f"{source} is no pipeline folder (it has no model_index.json), and the recipe has 'components'")
     with collection_paused():
         return diffusers_pipeline.capture_components(request, wanted, call or {})
-
-
-@contextmanager
-def collection_paused() -> Iterator[None]:
-    """Without garbage collection: a capture makes millions of objects that live; looking at them costs a quarter."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _understood() -> str:

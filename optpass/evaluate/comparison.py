@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,24 @@ from optpass.evaluate.latency import compare_latency
 from optpass.evaluate.quality import Evaluator, psnr
 from optpass.evaluate.walks import call_trials, period, timed_calls
 from optpass.ir.interface import Interface
-from optpass.ir.loop import Cycle
+from optpass.ir.loop import Cycle, Loop
 from optpass.ir.program import InputRange
-from optpass.runtime.bundle import MANIFEST, read_manifest
+from optpass.runtime.bundle import MANIFEST, STEPS, read_manifest
 from optpass.runtime.loading import load
 from optpass.runtime.looped import LoopModule, program_module
 from optpass.runtime.module import EngineModule
-from optpass.runtime.sampling import GUIDANCE, Asked, can_sample, generate
+from optpass.runtime.sampling import asked_beside, can_sample, generate
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models: how to call it, the pipeline folder it samples in, if any, and what it replaces there."""
+    """One of the two models: how to call it, the pipeline folder it samples in, what it replaces there, its loop."""
 
     label: str
     module: EngineModule
     folder: Path | None
     replaced: Mapping[str, EngineModule]
+    loop: Loop | None
 
 
 def compare(
@@ -49,7 +50,8 @@ def compare(
 ) -> dict[str, Any]:
     """Numeric difference on random inputs, latency in alternating calls, samples at equal seeds.
 
-    ``steps`` are those of the samples, as many as the bundle's schedule was made for by default.
+    ``steps`` are those of the samples of both; by default each is sampled as it is made for, and where a schedule
+    serves one number of steps, both in so many.
 
     Raises:
         UserError: a side cannot be loaded, or the two take or return different tensors.
@@ -74,7 +76,7 @@ def compare(
         "bundle": str(bundle),
         "difference": difference.as_dict(),
         "latency": latency.as_dict(),
-        "samples": _compare_samples(before, after, samples, steps or manifest.usual_steps, seed, progress),
+        "samples": _compare_samples(before, after, samples, steps, seed, progress),
     }
 
 
@@ -100,7 +102,8 @@ def _bundle_side(folder: Path) -> Side:
     replaced = {manifest.component: module}
     for part in manifest.parts:
         replaced[part.component] = load(folder, component=part.component, verify=False)
-    return Side(folder.name, module, folder / manifest.components if manifest.components else None, replaced)
+    carried = folder / manifest.components if manifest.components else None
+    return Side(folder.name, module, carried, replaced, manifest.driven())
 
 
 def _reference_side(reference: str, other: EngineModule) -> Side:
@@ -112,7 +115,7 @@ def _reference_side(reference: str, other: EngineModule) -> Side:
         raise UserError(f"{reference} has no weights to compare with")
     module = program_module(program)
     folder = program.origin.path if program.origin.pipeline else None
-    return Side(f"{path.name} (PyTorch)", module, folder, {program.origin.component: module})
+    return Side(f"{path.name} (PyTorch)", module, folder, {program.origin.component: module}, program.loop)
 
 
 def _sizes(module: EngineModule) -> Sizes:
@@ -133,25 +136,30 @@ def _check_interfaces(before: Side, after: Side) -> None:
 
 
 def _compare_samples(
-    before: Side, after: Side, samples: int, steps: int, seed: int, progress: Callable[[str, float], None]
+    before: Side, after: Side, samples: int, steps: int | None, seed: int, progress: Callable[[str, float], None]
 ) -> dict[str, Any] | None:
     if not samples or not can_sample(after.folder) or before.folder is None or after.folder is None:
         return None
+    asked = asked_beside(before.loop, after.loop, STEPS)
+    if steps is not None:
+        asked = replace(asked[0], steps=steps), replace(asked[1], steps=steps)
     made = [
         generate(
             side.folder or after.folder,
             side.replaced,
             samples=samples,
-            asked=Asked(steps=steps, guidance=GUIDANCE),
+            asked=how,
             seed=seed,
             progress=lambda fraction, side=side: progress(f"samples of {side.label}", fraction),  # type: ignore[misc]
         )
-        for side in (before, after)
+        for side, how in zip((before, after), asked, strict=True)
     ]
     record: dict[str, Any] = {
         "samples": samples,
-        "steps": steps,
-        "guidance": GUIDANCE,
+        "steps": asked[1].steps,
+        "guidance": asked[1].guidance,
+        "steps_before": asked[0].steps,
+        "guidance_before": asked[0].guidance,
         "seed": seed,
         "psnr": min(psnr(made[0].frames, made[1].frames), IDENTICAL_DB),
     }

@@ -11,22 +11,25 @@ from optpass.evaluate.quality import Evaluator, psnr
 from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
 from optpass.runtime.looped import program_module
-from optpass.runtime.sampling import GUIDANCE, Asked, Samples, generate
+from optpass.runtime.sampling import Asked, Samples, asked_beside, generate
 
 
 def quality_of_program(scope: Scope, metric: str, *, samples: int, steps: int, seed: int) -> float:
     """One quality metric of ``scope.program``; PSNR is against ``scope.reference`` at equal seeds, in dB.
 
+    ``steps`` are those of Programs that are not made for some number themselves.
+
     Raises:
         UserError: the Program was not captured from a pipeline folder that can be sampled and evaluated.
     """
     folder = pipeline_folder(scope.program)
+    first, second = asked_beside(scope.reference.loop, scope.program.loop, steps)
     if metric == "psnr":
-        before = _samples(scope.reference, folder, samples, steps, seed, scope.progress, "reference samples")
-        after = _samples(scope.program, folder, samples, steps, seed, scope.progress, "samples")
+        before = _samples(scope.reference, folder, samples, first, seed, scope.progress, "reference samples")
+        after = _samples(scope.program, folder, samples, second, seed, scope.progress, "samples")
         return min(psnr(before.frames, after.frames), IDENTICAL_DB)
     evaluator = Evaluator.load(folder / "evaluator")
-    after = _samples(scope.program, folder, samples, steps, seed, scope.progress, "samples")
+    after = _samples(scope.program, folder, samples, second, seed, scope.progress, "samples")
     return evaluator.measure(after.frames, after.labels).as_dict()[metric]
 
 
@@ -46,7 +49,7 @@ def _samples(
     program: Program,
     folder: Path,
     samples: int,
-    steps: int,
+    asked: Asked,
     seed: int,
     progress: Callable[[str, float], None],
     stage: str,
@@ -55,7 +58,7 @@ def _samples(
         folder,
         {program.origin.component: program_module(program)},
         samples=samples,
-        asked=Asked(steps=steps, guidance=GUIDANCE),
+        asked=asked,
         seed=seed,
         progress=lambda fraction: progress(stage, fraction),
     )

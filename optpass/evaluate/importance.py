@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from optpass.analysis.cost import statistics_of
 from optpass.evaluate.difference import program_calls
 from optpass.evaluate.observation import computing
 from optpass.evaluate.trials import random_inputs
@@ -30,7 +31,8 @@ Note = Callable[[Mapping[str, Tensor]], None]
 
 
 def taylor_importance(program: Program, calls: Calls, *, seed: int = 0) -> dict[str, Tensor]:
-    """The mean of |w·∂L/∂w| over ``calls``, for every floating weight: of its shape, float32, not negative.
+    """The mean of |w·∂L/∂w| over ``calls``, for every floating weight that is no running
+    statistic: of its shape, float32, not negative.
 
     A loop is asked for its computed variant, each call being a generation's first. One backward at a time; the model
     is in memory once, in float32, its gradients and the result beside it.
@@ -40,7 +42,9 @@ def taylor_importance(program: Program, calls: Calls, *, seed: int = 0) -> dict[
     """
     wide = widened(program)
     values = {name: expression.evaluate().detach() for name, expression in wide.used_weights().items()}
-    weights = {name: value.detach().requires_grad_() for name, value in values.items() if value.is_floating_point()}
+    fixed = {name for graph in wide.entries.values() for name in statistics_of(graph)}
+    trained = {name: value for name, value in values.items() if value.is_floating_point() and name not in fixed}
+    weights = {name: value.detach().requires_grad_() for name, value in trained.items()}
     runners = {name: _differentiable(graph, wide, values | weights) for name, graph in wide.entries.items()}
     looped = replace(wide, loop=computing(wide.loop)) if wide.loop else wide
     found = {name: torch.zeros(value.shape) for name, value in weights.items()}

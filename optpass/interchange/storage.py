@@ -35,7 +35,7 @@ from optpass.ir.weights import (
 
 INDEX = "program.json"
 WEIGHTS = "weights.safetensors"
-SCHEMA = 2
+SCHEMA = 3
 
 
 def save_program(

@@ -130,6 +130,26 @@ Schedule = Cycle | Listed | Adaptive
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a sample is made: in ``steps`` of the sampler, and each of the model's answers to ``guidance`` questions.
+
+    1 is a model without guidance, 2 classifier-free guidance, 3 guidance by an image and a text. Whether a pipeline
+    asks in calls of their own or in rows of one call's batch is its own affair: an evaluation is one row.
+    """
+
+    steps: int
+    guidance: int = 1
+
+    @property
+    def evaluations(self) -> int:
+        """Of the model for one sample: what papers call NFE."""
+        return self.steps * self.guidance
+
+    def as_json(self) -> dict[str, int]:
+        return {"steps": self.steps, "guidance": self.guidance}
+
+
+@dataclass(frozen=True)
 class Loop:
     """The loop around a module that is called once per step (or twice, with guidance in two calls).
 
@@ -137,7 +157,8 @@ class Loop:
     every state, the second is that of steps that reuse, where the schedule knows only the two. ``once`` are
     entries that run when a generation starts, ``tables`` those that run once for each timestep that ever comes.
     ``signature`` is the module's call, ``sample`` and ``timestep`` are two of its inputs; every other one is
-    conditioning, which stays as it is during a generation.
+    conditioning, which stays as it is during a generation. ``sampling`` is how many steps the model is made for, where
+    that is known.
     """
 
     signature: Signature
@@ -148,6 +169,7 @@ class Loop:
     states: Mapping[str, State] = field(default_factory=dict)
     once: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
+    sampling: Sampling | None = None
 
     @property
     def computed(self) -> str:
@@ -196,6 +218,7 @@ class Loop:
             "states": {name: state.as_json() for name, state in self.states.items()},
             "once": list(self.once),
             "tables": list(self.tables),
+            **({"sampling": self.sampling.as_json()} if self.sampling else {}),
         }
 
     @staticmethod
@@ -213,6 +236,7 @@ class Loop:
             )
             for name, record in json["states"].items()
         }
+        sampling = json.get("sampling")
         return Loop(
             Signature.from_json(json["signature"]),
             str(json["sample"]),
@@ -222,6 +246,7 @@ class Loop:
             states,
             tuple(map(str, json["once"])),
             tuple(map(str, json["tables"])),
+            Sampling(int(sampling["steps"]), int(sampling["guidance"])) if sampling else None,
         )
 
 
@@ -232,6 +257,13 @@ def single_step(entry: str, signature: Signature) -> Loop | None:
     if sample is None or timestep is None:
         return None
     return Loop(signature, sample, timestep, {entry: (entry,)}, Cycle((entry,)))
+
+
+def usual_steps(loop: Loop | None, otherwise: int) -> int:
+    """Sampling steps where nobody says how many: those that the schedule, or else the model, was made for."""
+    if loop and isinstance(loop.schedule, Listed):
+        return loop.schedule.of
+    return loop.sampling.steps if loop and loop.sampling else otherwise
 
 
 def every(period: int, variants: Sequence[str], within: tuple[float, float] | None = None) -> Cycle:

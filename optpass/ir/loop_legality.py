@@ -37,6 +37,8 @@ def _entry_problems(loop: Loop, entries: Collection[str]) -> Iterator[str]:
 
 
 def _schedule_problems(loop: Loop) -> Iterator[str]:
+    if loop.sampling and min(loop.sampling.steps, loop.sampling.guidance) < 1:
+        yield f"a sample takes {loop.sampling.steps} steps of {loop.sampling.guidance} evaluations, which is none"
     match loop.schedule:
         case Cycle(variants, within):
             if not variants or variants[0] != loop.computed:

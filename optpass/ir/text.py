@@ -24,7 +24,7 @@ from optpass.ir.weights import dtype_name
 def program_text(program: Program, *, weights: bool = True) -> str:
     """Every entry, then (unless ``weights`` is false) the expression of every weight in use."""
     parts = [graph_text(graph, name) for name, graph in program.entries.items()]
-    if program.loop and not program.loop.stateless:
+    if program.loop and (program.loop.sampling or not program.loop.stateless):
         parts.append(loop_text(program.loop))
     if weights:
         lines = [
@@ -36,15 +36,18 @@ def program_text(program: Program, *, weights: bool = True) -> str:
 
 
 def loop_text(loop: Loop) -> str:
-    """Schedule, variants and states.
+    """Schedule, sampling, variants and states.
 
     loop every=2:
+      sampled in 25 steps of 2 evaluations
       full: head, body
       reuse: head, tail
       state hidden: f32[2, 4] (written)
     """
     schedule = " ".join(f"{key}={value}" for key, value in loop.schedule.as_json().items())
     lines = [f"loop {schedule}:"]
+    if loop.sampling:
+        lines.append(f"  sampled in {loop.sampling.steps} steps of {loop.sampling.guidance} evaluations")
     lines += [f"  {name}: {', '.join(chain)}" for name, chain in loop.variants.items()]
     lines += [f"  once: {name}" for name in loop.once] + [f"  table: {name}" for name in loop.tables]
     for state in loop.states.values():

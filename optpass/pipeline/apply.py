@@ -21,9 +21,10 @@ from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
 from optpass.pipeline.evidence import Evidence, Subject, collect_evidence
 from optpass.pipeline.gates import Gate
+from optpass.pipeline.ladder import Climb, ladder
 from optpass.pipeline.loop_record import loop_record
 from optpass.pipeline.manager import Callback, Event, PassRecord, run_passes
-from optpass.pipeline.recipe import OTHERS, Recipe, Step
+from optpass.pipeline.recipe import OTHERS, Recipe, Step, check_legality, unhealed
 from optpass.pipeline.records import machine, write_records
 from optpass.pipeline.reproducer import Reproducer
 from optpass.pipeline.request import Progress, Request
@@ -85,7 +86,9 @@ def apply(
         OptpassError: a pass failed; the message names the reproducer.
     """
     started = time.perf_counter()
-    recipe = replace(recipe, dtype=request.dtype or recipe.dtype)
+    recipe = as_asked(recipe, request)
+    if not request.structure_only:
+        check_legality(recipe)
     with BundleWriter(request.out, force=request.force) as writer:
         _check_target(recipe, request)
         progress("capture", 0.0)
@@ -118,6 +121,11 @@ def apply(
         )
         progress("write", 1.0)
     return Applied(request.out, report)
+
+
+def as_asked(recipe: Recipe, request: Request) -> Recipe:
+    """``recipe`` with what ``request`` says in its place."""
+    return replace(recipe, dtype=request.dtype or recipe.dtype, unhealed=request.unhealed or recipe.unhealed)
 
 
 def _lowers(recipe: Recipe, request: Request) -> bool:
@@ -340,10 +348,17 @@ def _report(recipe: Recipe, parts: Sequence[Part], request: Request) -> dict[str
         "recipe": recipe.as_document(),
         **_part_report(parts[0], request),
         "gates": [gate for part in parts for gate in part.gates],
+        "ladder": [rung.as_json() for rung in ladder(*_climbs(parts))],
         "samples": parts[0].evidence.samples,
         "machine": machine(),
         **({"components": [_part_report(part, request) for part in parts]} if recipe.components is not None else {}),
     }
+
+
+def _climbs(parts: Sequence[Part]) -> tuple[Climb, list[Climb]]:
+    """What the ladder is made of: the denoiser, and the others."""
+    main, *others = (Climb(part.component, part.original, part.records) for part in parts)
+    return main, others
 
 
 def _part_report(part: Part, request: Request) -> dict[str, Any]:
@@ -363,6 +378,7 @@ def _part_report(part: Part, request: Request) -> dict[str, Any]:
         },
         "engines": [_engine(name, engine, part.place) for name, engine in part.engines.items()],
         "added": list(part.added),
+        "unhealed": unhealed(part.recipe.steps),
         "engine_difference": part.evidence.difference,
         "latency": part.evidence.latency,
     }

@@ -56,7 +56,7 @@ from optpass.pipeline.recipe import Recipe, Step
 from optpass.pipeline.request import Progress, Request
 from optpass.pipeline.target import Footprint, Unsupported
 from optpass.runtime.components import component_files
-from optpass.runtime.sampling import can_sample
+from optpass.runtime.sampling import asked_beside, can_sample
 
 PROCESS = 380 << 20
 NODE, NODE_REWRITTEN = 15 << 10, 25 << 10
@@ -262,7 +262,9 @@ class _Planner:
                 return PassPlan(step, "not run", needs, unrun, executed, note), program
             self.refusals.append(str(error))
             return PassPlan(step, "refused", needs, unrun, executed, str(error)), program
-        if not reason and not record.modified:
+        if not reason and (resized := verification.resized_inputs(program, after)):
+            executed = f"not verified: {resized}"
+        elif not reason and not record.modified:
             executed = "nothing to verify: unmodified"
         return PassPlan(step, "run", needs, unrun, executed, record=record), after
 
@@ -354,9 +356,10 @@ class _Planner:
         self.stages.append(Stage("latency", calls * (before + after), 0, self.held + 2 * activations))
         if not self._sampled("numerics"):
             return "numerics and latency", baseline.disk
-        calls = self.request.samples * self.request.steps
+        asked = asked_beside(self.original.loop, result.loop, self.request.steps)
+        macs = sum((how.steps or 0) * each for how, each in zip(asked, (before, after), strict=True))
         memory = self.held + 2 * activations + 2 * _carried_weights(self.original)
-        self.stages.append(Stage("samples", calls * (before + after), 0, memory))
+        self.stages.append(Stage("samples", self.request.samples * macs, 0, memory))
         return "numerics, latency and samples", baseline.disk
 
     def _sampled(self, collected: str) -> bool:

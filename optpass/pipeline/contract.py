@@ -9,7 +9,7 @@ from typing import Literal
 @dataclass(frozen=True)
 class Contract:
     """``exact``: the same function, to ``rtol``; ``approximate``: the same signature, error measured;
-    ``retrain``: new parameters, whose quality is undefined until a healing pass has run."""
+    ``retrain``: new parameters, or another task for the old ones; quality is undefined until a healing pass has run."""
 
     kind: Literal["exact", "approximate", "retrain"]
     rtol: float = 0.0

@@ -14,7 +14,6 @@ from optpass.evaluate.latency import compare_latency
 from optpass.evaluate.quality import Evaluator, psnr
 from optpass.evaluate.walks import call_trials, timed_calls
 from optpass.evaluate.widened import widened
-from optpass.ir.loop import Listed
 from optpass.ir.program import Program
 from optpass.pipeline.request import Progress, Request
 from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target
@@ -22,7 +21,7 @@ from optpass.pipeline.verification import Mode, is_small
 from optpass.runtime.loop import call_runners
 from optpass.runtime.looped import engine_module
 from optpass.runtime.module import EngineModule
-from optpass.runtime.sampling import GUIDANCE, Asked, Samples, can_sample, generate
+from optpass.runtime.sampling import Asked, Samples, asked_beside, can_sample, generate
 
 if TYPE_CHECKING:
     from optpass.report.clips import Clips
@@ -147,22 +146,25 @@ def _samples(
     if folder is None or not request.samples or not can_sample(folder):
         return None, None
     stages = ("samples before", "samples after")
-    request = replace(request, steps=_sampled_steps(request, subjects))
+    driven = next((subject for subject in subjects if subject.program.loop), subjects[0])
+    asked = asked_beside(driven.original.loop, driven.program.loop, request.steps)
     made: list[Samples] = []
     for side, stage in enumerate(stages):
         replaced = {
             subject.program.origin.component: engine_module((subject.original, subject.program)[side], pair[side])
             for subject, pair in zip(subjects, pairs, strict=True)
         }
-        made.append(_generate(request, folder, replaced, stage, progress))
+        made.append(_generate(request, asked[side], folder, replaced, stage, progress))
     before, after = made
     from optpass.report.clips import Clips
 
     labels = tuple(str(int(label)) for label in after.labels)
     record: dict[str, Any] = {
         "labels": list(labels),
-        "steps": request.steps,
-        "guidance": GUIDANCE,
+        "steps": asked[1].steps,
+        "guidance": asked[1].guidance,
+        "steps_before": asked[0].steps,
+        "guidance_before": asked[0].guidance,
         "seed": request.seed,
         "psnr": min(psnr(before.frames, after.frames), IDENTICAL_DB),
         "quality_before": None,
@@ -175,20 +177,14 @@ def _samples(
     return record, Clips(labels=labels, before=before.frames, after=after.frames)
 
 
-def _sampled_steps(request: Request, subjects: Sequence[Subject]) -> int:
-    """What was asked for, or the only number that a schedule serves."""
-    schedules = [subject.program.loop.schedule for subject in subjects if subject.program.loop]
-    return next((schedule.of for schedule in schedules if isinstance(schedule, Listed)), request.steps)
-
-
 def _generate(
-    request: Request, folder: Path, replaced: Mapping[str, EngineModule], stage: str, progress: Progress
+    request: Request, asked: Asked, folder: Path, replaced: Mapping[str, EngineModule], stage: str, progress: Progress
 ) -> Samples:
     return generate(
         folder,
         replaced,
         samples=request.samples,
-        asked=Asked(steps=request.steps, guidance=GUIDANCE),
+        asked=asked,
         seed=request.seed,
         progress=lambda fraction: progress(stage, fraction),
     )

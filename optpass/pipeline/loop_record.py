@@ -8,7 +8,7 @@ from typing import Any
 from optpass.analysis.cost import measure
 from optpass.analysis.generation import generation_cost, variant_at
 from optpass.ir.guards import size_at
-from optpass.ir.loop import Listed, Loop
+from optpass.ir.loop import Loop, usual_steps
 from optpass.ir.program import Program
 
 STEPS = 20
@@ -18,13 +18,13 @@ STEPS = 20
 def loop_record(original: Program, program: Program, steps: int | None) -> dict[str, Any] | None:
     """The report's ``loop`` section; ``None`` where every step is one call of one entry.
 
-    ``steps`` are those of the generation that is reckoned, unless the schedule was made for another number. States
-    are counted at the captured sizes.
+    ``steps`` are those of the generation that is reckoned, unless schedule or model were made for another number.
+    States are counted at the captured sizes.
     """
     loop = program.loop
     if loop is None or loop.stateless or original.loop is None:
         return None
-    count = loop.schedule.of if isinstance(loop.schedule, Listed) else steps or STEPS
+    count = usual_steps(loop, steps or STEPS)
     record, cost = loop.as_json(), measure(program)
     sizes = {item.name: item.example for entry in program.interfaces.values() for item in entry.dimensions}
     states = {

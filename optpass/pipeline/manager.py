@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from optpass.analysis.cost import Cost, measure
+from optpass.analysis.generation import SampleCost, sample_cost
 from optpass.errors import ContractError, DialectError, MissingValuesError, OptpassError, UserError
 from optpass.ir.dialect import verify, verify_shapes
 from optpass.ir.hashing import file_digest, text_digest
@@ -25,8 +26,8 @@ from optpass.pipeline.recipe import Step
 class PassRecord:
     """What one pass did, as it stands in the report.
 
-    ``record`` has the options that the pass settled. ``files`` are hashes of what it read; ``facts`` are its own, and
-    those of callbacks.
+    ``record`` has the options that the pass settled, ``sample`` what a sample takes after it. ``files`` are hashes of
+    what it read; ``facts`` are its own, and those of callbacks.
     """
 
     name: str
@@ -37,6 +38,7 @@ class PassRecord:
     seconds: float
     before: Cost
     after: Cost
+    sample: SampleCost | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -53,6 +55,7 @@ class PassRecord:
             "seconds": self.seconds,
             "before": self.before.as_json(),
             "after": self.after.as_json(),
+            **({"sample": self.sample.as_json()} if self.sample else {}),
             **({"files": dict(self.files)} if self.files else {}),
             **self.facts,
         }
@@ -136,6 +139,7 @@ def run_pass(program: Program, step: Step, cost: Cost | None = None) -> tuple[Pr
         raise ContractError(f"pass {name!r} broke what it ensures: {'; '.join(broken)}")
     if context.settled:
         record = type(record).from_options({**record.as_options(), **context.settled}, owner=f"pass {name!r}")
+    cost_after = measure(after) if modified else cost
     return after, PassRecord(
         name,
         record,
@@ -144,7 +148,8 @@ def run_pass(program: Program, step: Step, cost: Cost | None = None) -> tuple[Pr
         tuple(context.declined),
         seconds,
         cost,
-        measure(after) if modified else cost,
+        cost_after,
+        sample_cost(after, cost_after),
         {path.as_posix(): file_digest(path) for path in record.files()},
         dict(context.facts),
     )

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from optpass.errors import UserError
-from optpass.pipeline.apply import captured_parts
+from optpass.pipeline.apply import as_asked, captured_parts
 from optpass.pipeline.component_plan import PROCESS, ComponentPlan, plan_component
-from optpass.pipeline.recipe import Recipe
+from optpass.pipeline.recipe import Recipe, check_legality
 from optpass.pipeline.request import Progress, Request
 from optpass.runtime.bundle import BundleWriter
 from optpass.runtime.components import component_files
@@ -98,8 +98,10 @@ def plan(
     Raises:
         UserError: the checkpoint cannot be captured at all. What else would be refused is in ``refusals``.
     """
-    recipe = replace(recipe, dtype=request.dtype or recipe.dtype)
+    recipe = as_asked(recipe, request)
     refusals = [*_out_refusals(request)]
+    if not request.structure_only and (illegal := _refusal(lambda: check_legality(recipe))):
+        refusals.append(illegal)
     progress("capture", 0.0)
     captured = captured_parts(recipe, request)
     progress("capture", 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,7 @@ class _Document(BaseModel):
     target: Named = "onnxruntime"
     components: Literal["all"] | list[str] | dict[str, Literal["keep"] | dict[str, Any] | None] | None = None
     call: dict[str, Any] = Field(default_factory=dict)
+    unhealed: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Recipe:
     ``components`` says what becomes of a pipeline's components: a :class:`Section` for one that is lowered,
     ``None`` for one that is carried as it is, under ``"*"`` for all that are not named; the whole mapping is
     ``None`` for a recipe that is about the denoiser alone. ``inputs`` and ``steps`` are the denoiser's, and
-    ``call`` are arguments of the pipeline's call that give all components their sizes.
+    ``call`` are arguments of the pipeline's call that give all components their sizes. ``unhealed`` accepts that
+    the quality of the result is undefined: nothing trains what ``retrain`` passes left.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Recipe:
     dtype: str = AUTO
     components: Mapping[str, Section | None] | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
+    unhealed: bool = False
 
     def of_component(self, component: str, *, denoises: bool) -> Recipe | None:
         """This recipe as it stands for one component of a pipeline alone; ``None`` when that is carried as it is.
@@ -141,6 +144,7 @@ class Recipe:
         if self.components is not None:
             sections = {name: section.as_document() if section else KEEP for name, section in self.components.items()}
             document |= {"components": sections}
+        document |= {"unhealed": True} if self.unhealed else {}
         return document | ({"call": dict(self.call)} if self.call else {})
 
 
@@ -227,9 +231,9 @@ def make_recipe(
         document.dtype,
         sections,
         document.call,
+        document.unhealed,
     )
     precision(recipe.dtype)
-    check_legality(recipe)
     return recipe
 
 
@@ -258,22 +262,22 @@ def check_legality(recipe: Recipe) -> None:
     """Refuse lists of passes that cannot mean anything, before a weight is read.
 
     Raises:
-        UserError: a ``retrain`` pass is followed by nothing that trains.
+        UserError: a ``retrain`` pass is followed by nothing that trains, and the recipe does not accept that.
     """
-    for section in (recipe, *(recipe.components or {}).values()):
-        if section is not None:
-            _check_healing(section.steps)
+    sections = (recipe, *(recipe.components or {}).values())
+    undefined = [name for section in sections if section is not None for name in unhealed(section.steps)]
+    if undefined and not recipe.unhealed:
+        raise UserError(
+            f"the quality of what {', '.join(dict.fromkeys(undefined))} leaves is undefined: put a healing pass after "
+            "it in the recipe; or take the result as it is (--unhealed, or 'unhealed: true' in the recipe), "
+            "or its costs alone (--structure-only)"
+        )
 
 
-def _check_healing(steps: tuple[Step, ...]) -> None:
-    for index, step in enumerate(steps):
-        if step.record.promise.kind != "retrain":
-            continue
-        if not any(later.record.heals for later in steps[index + 1 :]):
-            raise UserError(
-                f"pass {step.name!r} makes new parameters whose quality is undefined: "
-                "put a healing pass after it in the recipe"
-            )
+def unhealed(steps: Sequence[Step]) -> list[str]:
+    """The ``retrain`` passes among ``steps`` that no later one heals, by name."""
+    healed = max((index for index, step in enumerate(steps) if step.record.heals), default=-1)
+    return [step.name for step in steps[healed + 1 :] if step.record.promise.kind == "retrain"]
 
 
 def _named(item: Named, noun: str) -> tuple[str, dict[str, Any]]:

@@ -50,4 +50,5 @@ class Reproducer:
             "passes": [{name: event.step.record.as_options()}],
             "gates": [gate for gate in self.gates if gate["after"] == name],
             "target": "program",
+            **({"unhealed": True} if event.step.record.promise.kind == "retrain" else {}),
         }

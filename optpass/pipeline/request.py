@@ -17,8 +17,8 @@ Progress = Callable[[str, float], None]
 class Request:
     """A checkpoint, where the bundle goes, and how much evidence to collect.
 
-    ``command`` is the command line, for the report; empty when the library was called. ``dtype`` goes
-    before the recipe's.
+    ``unhealed`` takes passes that need training without it. ``command`` is the command line, for the report;
+    empty when the library was called. ``dtype`` goes before the recipe's.
     """
 
     checkpoint: str
@@ -27,6 +27,7 @@ class Request:
     weights: Path | None = None
     component: str | None = None
     structure_only: bool = False
+    unhealed: bool = False
     force: bool = False
     verify: Mode = "auto"
     baseline: bool = True

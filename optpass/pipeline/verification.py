@@ -59,7 +59,9 @@ class Verification:
 
     def _skipped(self, event: Event) -> str:
         assert event.record is not None
-        return skipped(self.mode, event.step.record.promise, event.record.before, event.before.has_values)
+        assert event.after is not None
+        reason = skipped(self.mode, event.step.record.promise, event.record.before, event.before.has_values)
+        return reason or resized_inputs(event.before, event.after)
 
 
 def skipped(mode: Mode, contract: Contract, before: Cost, has_values: bool) -> str:
@@ -73,6 +75,16 @@ def skipped(mode: Mode, contract: Contract, before: Cost, has_values: bool) -> s
     if mode == "auto" and not is_small(before.totals):
         totals = before.totals
         return f"{totals.macs / 1e9:,.0f} GMAC and {totals.weight_bytes / 2**30:.1f} GiB; ask with --verify always"
+    return ""
+
+
+def resized_inputs(before: Program, after: Program) -> str:
+    """Why two Programs are not called with the same tensors; empty when they are."""
+    shapes = {spec.name: spec.shape for entry in before.interfaces.values() for spec in entry.inputs}
+    for entry in after.interfaces.values():
+        for spec in entry.inputs:
+            if spec.name in shapes and shapes[spec.name] != spec.shape:
+                return f"the input {spec.name} has another size than before"
     return ""
 
 

@@ -17,6 +17,7 @@ from optpass.report.clips import Clips
 from optpass.report.loop_view import LoopView, loop_view
 from optpass.report.pass_views import COSTS, PassView, Verdict, changes, pass_views, verdict
 from optpass.report.reading import amount, figure, mappings, plain, section, text
+from optpass.report.structure_view import structure_charts
 from optpass.report.summary import Tile, lede, tiles
 
 Pairs = tuple[tuple[str, str], ...]
@@ -120,7 +121,7 @@ def page_of(report: Mapping[str, Any], clips: Clips | None) -> Page:
         totals=totals,
         cost_labels=tuple((key, label) for key, label, _ in COSTS),
         entries=_entries(report),
-        charts=_charts(passes, totals),
+        charts=(*_charts(passes, totals), *structure_charts(report)),
         loop=loop_view(report),
         calibration=calibration_view(report),
         latency_chart=_latency_chart(section(report, "latency")),
@@ -247,6 +248,9 @@ def _latency_words(latency: Mapping[str, Any]) -> tuple[str, ...]:
 def _sample_facts(samples: Mapping[str, Any]) -> Pairs:
     psnr = figure(samples, "psnr")
     facts = [(key, plain(samples[key])) for key in ("steps", "guidance", "seed") if samples.get(key) is not None]
+    for key in ("steps", "guidance"):
+        if samples.get(f"{key}_before") not in (None, samples.get(key)):
+            facts.append((f"{key} of the original", plain(samples[f"{key}_before"])))
     return (*facts, ("PSNR", units.decibels(psnr))) if psnr is not None else tuple(facts)
 
 

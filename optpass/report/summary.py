@@ -34,7 +34,7 @@ class Tile:
 
 
 def lede(report: Mapping[str, Any], passes: Sequence[PassView], changes: Mapping[str, units.Change]) -> list[str]:
-    """One to six sentences."""
+    """One to seven sentences."""
     told = [_passes_sentence(passes, changes)]
     if sentence := _latency_sentence(section(report, "latency")):
         told.append(sentence)
@@ -44,6 +44,8 @@ def lede(report: Mapping[str, Any], passes: Sequence[PassView], changes: Mapping
         told.append(f"What it generates {same} what the original generates from the same seeds.")
     if added := report.get("added"):
         told.append(f"The original that it is compared with has what {' and '.join(added)} put in, in its plain form.")
+    if unhealed := report.get("unhealed"):
+        told.append(f"Its quality is undefined until training heals {_listed([str(name) for name in unhealed])}.")
     if any(gate.get("held") is False for gate in mappings(report, "gates")):
         told.append("A gate did not hold.")
     if report.get("structure_only"):

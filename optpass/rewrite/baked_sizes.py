@@ -17,10 +17,19 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Node
 
-from optpass.analysis.axes.rules import Walk, dimension, number
-from optpass.analysis.axes.structure import Concatenation, Size, Structure, factors, product, quotient, resolved
+from optpass.analysis.axes.rules import Walk, dimension, dimensions, number
+from optpass.analysis.axes.structure import (
+    Concatenation,
+    Size,
+    Structure,
+    factors,
+    is_unit,
+    product,
+    quotient,
+    resolved,
+)
 from optpass.analysis.operators import CONVOLUTIONS, argument, aten
-from optpass.analysis.pieces import SPLITS, piece_of
+from optpass.analysis.pieces import SPLITS, slice_piece
 from optpass.ir.graph import Graph, shape_of
 from optpass.ir.sizes import materialise
 
@@ -131,6 +140,16 @@ def new(node: Node, sizes: NewSizes) -> Arguments:
     return {"size": _changed(argument(node, "size"), sizes.of(node))}
 
 
+@size_rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def squeeze(node: Node, sizes: NewSizes) -> Arguments:
+    """The dimensions that are dropped, by number: one that shrinks to size 1 is none of them."""
+    dims = sizes.walk.of(node.args[0])
+    asked = dimensions(node.args[1] if len(node.args) > 1 else None, len(dims))
+    dropped = [dim for dim in asked if is_unit(dims[dim])]
+    node.target, node.args, node.kwargs = aten.squeeze.dims, (node.args[0], dropped), {}
+    return {}
+
+
 @size_rule(aten.arange.default)
 def counted(node: Node, sizes: NewSizes) -> Arguments:
     """The end, where counting begins at 0."""
@@ -148,7 +167,9 @@ def interpolated(node: Node, sizes: NewSizes) -> Arguments:
     if asked is None:
         return {}
     rank = len(asked)
-    before, operand, after = shape_of(source)[-rank:], sizes.of(source)[-rank:], sizes.of(node)[-rank:]
+    # Not as the shapes have it: the operand's is up to date already.
+    before = [structure.size for structure in sizes.walk.of(source)[-rank:]]
+    operand, after = sizes.of(source)[-rank:], sizes.of(node)[-rank:]
     return {"output_size": [_interpolated(*item) for item in zip(asked, before, operand, after, strict=True)]}
 
 
@@ -172,10 +193,12 @@ def repeat(node: Node, sizes: NewSizes) -> Arguments:
 
 @size_rule(aten.repeat_interleave.self_int)
 def repeat_interleave(node: Node, sizes: NewSizes) -> Arguments:
-    """The repetitions."""
+    """The repetitions, and the size that they come to where it is said."""
     dim = dimension(node, "dim", len(shape_of(node)))
     before, after = sizes.of(node.args[0])[dim], sizes.of(node)[dim]
-    return {"repeats": _changed([argument(node, "repeats")], [quotient(after, before)])[0]}
+    repeats: Arguments = {"repeats": _changed([argument(node, "repeats")], [quotient(after, before)])[0]}
+    said = argument(node, "output_size")
+    return repeats if said is None else {**repeats, "output_size": _changed([said], [after])[0]}
 
 
 @size_rule(aten.layer_norm.default, aten.rms_norm.default)
@@ -209,15 +232,27 @@ def _groups(node: Node, sizes: NewSizes, channels: Any, weight: tuple[Any, ...],
 @size_rule(aten.slice.Tensor)
 def slice_(node: Node, sizes: NewSizes) -> Arguments:
     """Start and end."""
-    source: Any = node.args[0]
-    piece = piece_of(node)
-    if piece is None or piece.is_whole:
-        return {}
-    structure = sizes.walk.of(source)[piece.dim]
+    dim = dimension(node, "dim", len(shape_of(node)))
+    structure, part = (sizes.walk.of(value)[dim] for value in (node.args[0], node))
     if sizes.size(structure) == structure.size:
+        return {}
+    # Not as the shapes have it: the operand's is up to date already.
+    piece = slice_piece(node, structure.size, part.size)
+    if piece is None or (piece.start == 0 and piece.stop == structure.size):
         return {}
     start, stop = (sizes.before(structure, border) for border in (piece.start, piece.stop))
     return {"start": start, "end": stop}
+
+
+@size_rule(aten.narrow.default)
+def narrow(node: Node, sizes: NewSizes) -> Arguments:
+    """Start and length."""
+    dim, start = dimension(node, "dim", len(shape_of(node))), argument(node, "start")
+    structure = sizes.walk.of(node.args[0])[dim]
+    if isinstance(start, Node) or sizes.size(structure) == structure.size:
+        return {}
+    start = start + structure.size if start < 0 else start
+    return {"start": sizes.before(structure, start), "length": sizes.of(node)[dim]}
 
 
 @size_rule(*SPLITS)

@@ -29,10 +29,12 @@ def cut(program: Program, found: Axes, kept: Kept, weights: Mapping[str, Express
     Attention keeps the scale that it had.
 
     Raises:
-        CutError: an atom may not be cut, nothing of one would be left, or a group norm's channels would not divide.
+        CutError: an atom may not be cut or is of another analysis, nothing of one would be left, or a group norm's
+            channels would not divide.
     """
-    kept = {atom: tuple(indices) for atom, indices in kept.items() if len(indices) != atom.size}
+    kept = {atom: tuple(indices) for atom, indices in kept.items()}
     _check(found, kept)
+    kept = {atom: indices for atom, indices in kept.items() if len(indices) != atom.size}
     _write_scales(found, kept)
     changes = {
         name: (weights or {}).get(name, selected)
@@ -63,8 +65,7 @@ def resize_nodes(graph: Graph, sizes: NewSizes, changes: Callable[[Structure], b
         if any(map(changes, _structures(sizes, node))):
             touched.add(node)
         if node.op == "call_function" and (node in touched or not touched.isdisjoint(node.all_input_nodes)):
-            with_new_sizes(graph, node, sizes)
-            node.meta["val"] = _inferred(graph, node)
+            node.meta["val"] = _updated(graph, node, sizes)
         elif node in touched:
             resize_value(graph, node, tuple(sizes.of(node)))
 
@@ -81,10 +82,11 @@ def _structures(sizes: NewSizes, node: Node) -> list[Structure]:
     return [s for dims in found for s in dims] if isinstance(found, list) else list(found)
 
 
-def _inferred(graph: Graph, node: Node) -> object:
+def _updated(graph: Graph, node: Node, sizes: NewSizes) -> object:
     try:
+        with_new_sizes(graph, node, sizes)
         return graph.infer(node)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise CutError(f"%{node.name} ({path_of(node)}) refuses the new sizes: {error}") from error
 
 
@@ -92,6 +94,8 @@ def _check(found: Axes, kept: Kept) -> None:
     for atom, indices in kept.items():
         if reason := found.reason(atom):
             raise CutError(f"an axis of size {atom.size} cannot be cut: it {reason}")
+        if atom not in found.census.slices:
+            raise CutError(f"an axis of size {atom.size} is not one of this Program's weights")
         if not indices:
             raise CutError(f"nothing would be left of an axis of size {atom.size}")
         if list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < atom.size:

@@ -20,7 +20,7 @@ from optpass.ir.graph import TensorSpec
 from optpass.ir.guards import Guard, identifier
 from optpass.ir.hashing import file_digest
 from optpass.ir.interface import Interface
-from optpass.ir.loop import Listed, Loop, single_step
+from optpass.ir.loop import Loop, single_step, usual_steps
 from optpass.ir.loop_legality import loop_problems
 from optpass.ir.program import InputRange, Program
 from optpass.ir.signature import Signature
@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 COMPONENTS = "components"
 REFIT = "refit"
 SLOTS_FILE = ".slots.data"
-SCHEMA = 3
+SCHEMA = 4
 STEPS = 20
 """Sampling steps where neither the user nor the bundle says how many."""
 
@@ -207,9 +207,8 @@ class Manifest(PartRecord):
 
     @property
     def usual_steps(self) -> int:
-        """Sampling steps where nobody says how many: of a schedule that lists steps, those that it was made for."""
-        loop = self.driven()
-        return loop.schedule.of if loop and isinstance(loop.schedule, Listed) else STEPS
+        """Sampling steps where nobody says how many: those that the schedule or the model was made for."""
+        return usual_steps(self.driven(), STEPS)
 
     def part(self, component: str | None) -> PartRecord:
         """The part of a component; ``None`` for the main one.

@@ -16,7 +16,7 @@ from optpass.errors import UserError
 from optpass.runtime.bundle import read_manifest
 from optpass.runtime.loading import load, load_pipeline
 from optpass.runtime.looped import LoopModule
-from optpass.runtime.sampling import Asked, Samples, drive, takes_labels
+from optpass.runtime.sampling import Asked, Samples, drive, takes_labels, usual_guidance
 
 SMALL = 256
 """Width in pixels below which clips are enlarged to be seen."""
@@ -46,9 +46,12 @@ def sample(
     if manifest.components is None:
         names = ", ".join(f"{name}=FILE.npy" for name in (spec.name for spec in load(bundle).inputs))
         raise UserError(f"{bundle} carries no pipeline to sample with; call its engine with --input {names}")
-    steps = asked.steps or manifest.usual_steps
     asked = replace(
-        asked, steps=steps, call={**manifest.call, **asked.call}, image=_read_image(image) if image else None
+        asked,
+        steps=asked.steps or manifest.usual_steps,
+        guidance=usual_guidance(manifest.driven(), None) if asked.guidance is None else asked.guidance,
+        call={**manifest.call, **asked.call},
+        image=_read_image(image) if image else None,
     )
     pipeline = load_pipeline(bundle)
     start = time.perf_counter()

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from optpass.errors import OptpassError, UserError, nearest
+from optpass.ir.loop import Listed, Loop, usual_steps
 from optpass.quiet import first_lines
 from optpass.runtime.folder import OWN_CLASS, build_pipeline
 from optpass.runtime.looped import LoopModule
 
-GUIDANCE = 3.0
+GUIDANCE, UNGUIDED = 3.0, 1.0
+"""Scales of classifier-free guidance: of samples for reports, and the one that is none."""
 LABELS = tuple(range(10))
 
 
@@ -47,6 +49,23 @@ class Asked:
     steps: int | None = 20
     guidance: float | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
+
+
+def usual_guidance(loop: Loop | None, otherwise: float | None) -> float | None:
+    """The scale of guidance where nobody says: none for a model that is made to be asked once a step."""
+    return UNGUIDED if loop and loop.sampling and loop.sampling.guidance == 1 else otherwise
+
+
+def asked_beside(before: Loop | None, after: Loop | None, steps: int) -> tuple[Asked, Asked]:
+    """How two models are sampled to be compared: each as it is made for, else in ``steps`` steps with guidance.
+
+    Where the second one's schedule serves one number of steps, that is ``steps`` for both.
+    """
+    shared = after.schedule.of if after and isinstance(after.schedule, Listed) else steps
+    first, second = (
+        Asked(steps=usual_steps(loop, shared), guidance=usual_guidance(loop, GUIDANCE)) for loop in (before, after)
+    )
+    return first, second
 
 
 def can_sample(folder: Path | None) -> bool:
@@ -148,6 +167,7 @@ def call_arguments(pipeline: Any, asked: Asked, seed: int) -> dict[str, Any]:
         "image": asked.image,
         "num_inference_steps": asked.steps,
         "guidance_scale": asked.guidance,
+        "max_guidance_scale": asked.guidance,
         "seeds": [seed],
         "generator": torch.Generator().manual_seed(seed),
         "output_type": "np",

@@ -297,7 +297,6 @@ def test_options_that_do_not_go_together():
     for steps in ([], [1, 2], [2, 0], [0, 4]):
         assert "0 and later steps below of, in order" in refused({"steps": steps, "of": 4})
     assert "width is that of the resnet adaptor" in refused({"width": 64})
-    assert "a healing pass" in refused({"adaptor": "resnet"})
     assert "healing" not in refused({"every": 0})
 
 

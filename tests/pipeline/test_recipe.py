@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from optpass.errors import UserError
-from optpass.pipeline.recipe import find_recipe, load_recipe, make_recipe
+from optpass.pipeline.apply import apply
+from optpass.pipeline.plan import NOWHERE, plan
+from optpass.pipeline.recipe import check_legality, find_recipe, load_recipe, make_recipe
 from optpass.pipeline.registry import recipe_files
+from optpass.pipeline.request import Request
 
 
 def test_a_full_recipe_resolves_and_round_trips():
@@ -119,3 +122,32 @@ def test_steps_are_replaced_where_they_stand():
     assert changed.components["vae"].steps == other
     assert changed.steps == both.steps
     assert both.with_steps("unet", other).steps == other
+
+
+ADAPTED = {"cache-features": {"cut": "up_blocks.1", "adaptor": "resnet", "width": 32}}
+
+
+def test_what_needs_training_is_refused_unless_it_is_accepted():
+    recipe = make_recipe({"passes": [ADAPTED]})
+    with pytest.raises(UserError, match="what cache-features leaves is undefined: put a healing pass after it"):
+        check_legality(recipe)
+    component = make_recipe({"components": {"unet": {"passes": [ADAPTED]}}})
+    with pytest.raises(UserError, match="cache-features"):
+        check_legality(component)
+    accepted = make_recipe({"passes": [ADAPTED], "unhealed": True})
+    check_legality(accepted)
+    assert accepted.as_document()["unhealed"] is True
+    assert "unhealed" not in recipe.as_document()
+    check_legality(make_recipe({"passes": [{"cache-features": {"cut": "up_blocks.1"}}]}))
+
+
+def test_costs_alone_need_no_training(moving_digits, tmp_path):
+    recipe = make_recipe({"passes": [ADAPTED]})
+    found = apply(recipe, Request(str(moving_digits), tmp_path / "costs", structure_only=True))
+    assert found.report["unhealed"] == ["cache-features"]
+    with pytest.raises(UserError, match="undefined"):
+        apply(recipe, Request(str(moving_digits), tmp_path / "engines"))
+    assert "undefined" in plan(recipe, Request(str(moving_digits), NOWHERE)).refusals[0]
+    accepted = plan(recipe, Request(str(moving_digits), NOWHERE, unhealed=True))
+    assert not accepted.refusals
+    assert accepted.recipe.unhealed

@@ -5,13 +5,21 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from optpass.analysis.axes.rules import Dims, Results, Walk, axis_rule, dimension, dimensions, number
-from optpass.analysis.axes.structure import UNIT, Concatenation, Structure, is_unit, product, quotient
+from optpass.analysis.axes.structure import (
+    UNIT,
+    Concatenation,
+    Structure,
+    is_unit,
+    product,
+    quotient,
+)
 from optpass.analysis.operators import argument, aten
 from optpass.analysis.permutations import PERMUTATIONS, permutation_of
-from optpass.analysis.pieces import SPLITS, piece_of
+from optpass.analysis.pieces import SPLITS, Piece, piece_of
 from optpass.ir.graph import shape_of
 from optpass.ir.sizes import sizes_of
 
@@ -27,6 +35,15 @@ def permute(node: Node, walk: Walk) -> Dims:
     """Other places."""
     dims = walk.of(node.args[0])
     return tuple(dims[dim] for dim in permutation_of(node) or ())
+
+
+@axis_rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.swapaxes.default, aten.swapdims.default)
+def move(node: Node, walk: Walk) -> Dims:
+    """Other places, which torch knows."""
+    dims: Dims = walk.of(node.args[0])
+    target: Any = node.target
+    moved = target(torch.empty(tuple(range(len(dims))), device="meta"), *node.args[1:], **node.kwargs)
+    return tuple(dims[dim] for dim in moved.shape)
 
 
 @axis_rule(aten.unsqueeze.default)
@@ -76,11 +93,20 @@ def repeat_interleave(node: Node, walk: Walk) -> Dims:
     return walk.replaced(dims, {dim: repeated})
 
 
+@axis_rule(aten.hstack.default)
+def hstack(node: Node, walk: Walk) -> Dims:
+    """Parts after one another along the second dimension; along the only one of vectors."""
+    return _joined(node, walk, min(1, len(walk.shape(node)) - 1))
+
+
 @axis_rule(aten.cat.default, aten.concat.default)
 def cat(node: Node, walk: Walk) -> Dims:
     """Parts after one another; what they have beside that is the same."""
+    return _joined(node, walk, dimension(node, "dim", len(walk.shape(node))))
+
+
+def _joined(node: Node, walk: Walk, dim: int) -> Dims:
     parts: Any = node.args[0]
-    dim = dimension(node, "dim", len(walk.shape(node)))
     # torch lets the empty tensor [0] into any cat.
     found = [walk.of(part) for part in parts if shape_of(part) != (0,) or len(walk.shape(node)) == 1]
     others = [walk.replaced(dims, {dim: UNIT}) for dims in found]
@@ -129,8 +155,27 @@ def slice_(node: Node, walk: Walk) -> Dims:
         return walk.replaced(dims, {dim: walk.resampled(dims[dim], size, "elements apart are picked from it")})
     if piece.is_whole:
         return dims
+    if _overlaps(node, walk, dims[dim], piece):
+        return walk.replaced(dims, {dim: walk.resampled(dims[dim], size, "rows of a table are read from it")})
     parts = walk.algebra.cut(dims[dim], [piece.start, size, dims[dim].size - piece.start - size])
     return walk.replaced(dims, {dim: parts[1]})
+
+
+def _overlaps(node: Node, walk: Walk, structure: Structure, piece: Piece) -> bool:
+    """Whether this is part of a stored table, of which another part was read that overlaps it.
+
+    Such are beginnings of a table of positions, one for each axis, which have nothing in common.
+    """
+    source: Any = node.args[0]
+    if source not in walk.stored:
+        return False
+    read = walk.parts.setdefault(structure, [])
+    if any(
+        (start, stop) != (piece.start, piece.stop) and piece.start < stop and start < piece.stop for start, stop in read
+    ):
+        return True
+    read.append((piece.start, piece.stop))
+    return False
 
 
 def _every_nth(node: Node, walk: Walk, structure: Structure) -> Structure | None:
@@ -144,6 +189,28 @@ def _every_nth(node: Node, walk: Walk, structure: Structure) -> Structure | None
     outer, row = walk.algebra.split(structure, rows, step)
     walk.fix(row, "one element of each row is picked from it")
     return outer
+
+
+@axis_rule(aten.narrow.default)
+def narrow(node: Node, walk: Walk) -> Dims:
+    """A part."""
+    dims, start = walk.of(node.args[0]), number(argument(node, "start"))
+    dim = dimension(node, "dim", len(dims))
+    size = walk.shape(node)[dim]
+    if not isinstance(start, int):
+        return walk.replaced(dims, {dim: walk.resampled(dims[dim], size, "a part of it is picked at run time")})
+    start = start + dims[dim].size if start < 0 else start
+    parts = walk.algebra.cut(dims[dim], [start, size, dims[dim].size - start - size])
+    return walk.replaced(dims, {dim: parts[1]})
+
+
+@axis_rule(aten.glu.default)
+def glu(node: Node, walk: Walk) -> Dims:
+    """One half times the sigmoid of the other."""
+    dims = walk.of(node.args[0])
+    dim = dimension(node, "dim", len(dims))
+    half = walk.shape(node)[dim]
+    return walk.replaced(dims, {dim: walk.unify(*walk.algebra.cut(dims[dim], [half, half]))})
 
 
 @axis_rule(aten.slice_scatter.default)
@@ -178,24 +245,6 @@ def meshgrid(node: Node, walk: Walk) -> Results:
     return [tuple(dims)] * len(parts)
 
 
-@axis_rule(aten.select.int)
-def select(node: Node, walk: Walk) -> Dims:
-    """Without a dimension, of which one element is taken."""
-    dims = walk.of(node.args[0])
-    dim = dimension(node, "dim", len(dims))
-    walk.fix(dims[dim], "one element is picked from it")
-    return dims[:dim] + dims[dim + 1 :]
-
-
-@axis_rule(aten.unbind.int)
-def unbind(node: Node, walk: Walk) -> Results:
-    """Every element of a dimension by itself."""
-    dims = walk.of(node.args[0])
-    dim = dimension(node, "dim", len(dims))
-    walk.fix(dims[dim], "is taken apart element by element")
-    return [dims[:dim] + dims[dim + 1 :]] * len(node.meta["val"])
-
-
 @axis_rule(aten.flip.default, aten.roll.default)
 def reorder(node: Node, walk: Walk) -> Dims:
     """Other places along some dimensions."""
@@ -203,66 +252,3 @@ def reorder(node: Node, walk: Walk) -> Dims:
     for dim in dimensions(argument(node, "dims"), len(dims)):
         walk.fix(dims[dim], "its elements change places")
     return dims
-
-
-@axis_rule(aten.pixel_shuffle.default)
-def pixel_shuffle(node: Node, walk: Walk) -> Dims:
-    """[…, c·r², h, w] → […, c, h·r, w·r]."""
-    *outer, channels, height, width = walk.of(node.args[0])
-    factor = int(argument(node, "upscale_factor"))
-    kept, taken = walk.algebra.split(channels, channels.size // factor**2, factor**2)
-    walk.fix(taken, "becomes pixels")
-    shape = walk.shape(node)
-    reason = "pixels are put between its elements"
-    return (
-        *outer,
-        kept,
-        walk.resampled(height, shape[-2], reason),
-        walk.resampled(width, shape[-1], reason),
-    )
-
-
-@axis_rule(aten.pixel_unshuffle.default)
-def pixel_unshuffle(node: Node, walk: Walk) -> Dims:
-    """[…, c, h·r, w·r] → […, c·r², h, w]."""
-    *outer, channels, height, width = walk.of(node.args[0])
-    factor = int(argument(node, "downscale_factor"))
-    shape, reason = walk.shape(node), "its elements become channels"
-    taken = walk.algebra.fixed_new(factor**2, reason)
-    return (
-        *outer,
-        product([channels, taken]),
-        walk.resampled(height, shape[-2], reason),
-        walk.resampled(width, shape[-1], reason),
-    )
-
-
-@axis_rule(aten.index.Tensor)
-def index(node: Node, walk: Walk) -> Dims:
-    """Dimensions that are looked up in go; consecutive ones are replaced by those of the indices."""
-    dims, indices = walk.of(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
-    places = [place for place, value in enumerate(indices) if value is not None]
-    for place in places:
-        walk.fix(dims[place], "is looked up in")
-    looked_up = walk.broadcast(*(indices[place] for place in places))
-    rest = [structure for place, structure in enumerate(dims) if place not in places]
-    at = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
-    return (*rest[:at], *looked_up, *rest[at:])
-
-
-@axis_rule(aten.index_select.default)
-def index_select(node: Node, walk: Walk) -> Dims:
-    """Elements at given places."""
-    dims = walk.of(node.args[0])
-    dim = dimension(node, "dim", len(dims))
-    walk.fix(dims[dim], "is looked up in")
-    return walk.replaced(dims, {dim: walk.new(walk.shape(node)[dim])})
-
-
-@axis_rule(aten.embedding.default)
-def embedding(node: Node, walk: Walk) -> Dims:
-    """Rows of a table."""
-    table = walk.of(node.args[0])
-    walk.fix(table[0], "is looked up in")
-    walk.role(node.args[0], 1, "out")
-    return (*walk.of(node.args[1]), table[1])

@@ -9,17 +9,18 @@ from typing import Any
 from torch.fx import Node
 
 from optpass.analysis.attention import attention_products
-from optpass.analysis.axes import arrangements, creation, products, statistics
+from optpass.analysis.axes import arrangements, creation, lookups, products, statistics, windows
 from optpass.analysis.axes.groups import Census, Fixed, Group, fixed_of, groups_of
 from optpass.analysis.axes.naming import names_of
 from optpass.analysis.axes.rules import Dims, Normalised, Walk
 from optpass.analysis.axes.structure import Atom, Structure, atoms
 from optpass.analysis.operators import FUSED_ATTENTION
+from optpass.collection import collection_paused
 from optpass.ir.graph import Graph
 from optpass.ir.loop import Loop, past, present
 from optpass.ir.program import Program
 
-RULE_FILES = (arrangements, creation, products, statistics)
+RULE_FILES = (arrangements, creation, lookups, products, statistics, windows)
 """Imported so that their rules are registered."""
 
 
@@ -72,9 +73,10 @@ def axes_of(program: Program) -> Axes:
     walk = Walk()
     states: dict[str, Dims] = {}
     inputs: list[Node] = []
-    for graph in program.entries.values():
-        inputs += _walk_entry(graph, walk, _ports(program.loop), states)
-    return Axes(walk, tuple(inputs), Census.of(walk))
+    with collection_paused():
+        for graph in program.entries.values():
+            inputs += _walk_entry(graph, walk, _ports(program.loop), states)
+        return Axes(walk, tuple(inputs), Census.of(walk))
 
 
 def _ports(loop: Loop | None) -> dict[str, str]:
@@ -96,6 +98,7 @@ def _walk_entry(graph: Graph, walk: Walk, ports: dict[str, str], states: dict[st
             if name not in walk.weights:
                 walk.weights[name] = tuple(map(walk.new, walk.shape(node)))
             walk.values[node] = walk.weights[name]
+            walk.stored.add(node)
         elif node.op == "call_function":
             walk.visit(node)
     outputs: Any = graph.output_node.args[0]
@@ -115,8 +118,7 @@ def _state(walk: Walk, states: dict[str, Dims], name: str, dims: Dims) -> Dims:
 
 def _fix(walk: Walk, dims: Dims, reason: str) -> None:
     walk.algebra.place = ""
-    for structure in dims:
-        walk.fix(structure, reason)
+    walk.fix_all(dims, reason)
 
 
 def _note_attention(graph: Graph, walk: Walk) -> None:

@@ -12,7 +12,7 @@ from torch.fx import Node
 from optpass.analysis.axes.axes import Axes
 from optpass.analysis.axes.rules import Dims, Walk
 from optpass.analysis.axes.structure import Atom, Structure, atoms, is_unit, resolved, terms
-from optpass.analysis.cost import call_shares
+from optpass.analysis.cost import call_shares, parameters_of
 from optpass.analysis.mac_rules import macs_of
 from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, argument, aten
 from optpass.ir.program import Program
@@ -58,11 +58,10 @@ def forecast(program: Program, found: Axes) -> Forecast:
         if macs_of(node)
         for amount, sizes in _terms(node, found.walk)
     ]
-    parameters = [
-        Term(program.weights[name].numel, dims)
-        for name, dims in found.walk.weights.items()
-        if program.weights[name].dtype.is_floating_point
-    ]
+    counts = {
+        name: n for graph in program.entries.values() for name, n in parameters_of(graph, program.weights).items()
+    }
+    parameters = [Term(count, found.weight(name)) for name, count in counts.items()]
     return Forecast(tuple(macs), tuple(parameters))
 
 

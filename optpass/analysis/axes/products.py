@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from optpass.analysis.axes.rules import Dims, Walk, axis_rule
+from optpass.analysis.axes.rules import Dims, Role, Walk, axis_rule, dimensions
 from optpass.analysis.axes.structure import UNIT, Structure, is_unit, product
 from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, argument, aten
 
@@ -163,3 +163,35 @@ def _letters(term: str, rank: int) -> list[str]:
     before, ellipsis, after = term.partition("...")
     hidden = rank - len(before) - len(after) if ellipsis else 0
     return [*before, *(f".{hidden - i}" for i in range(hidden)), *after]
+
+
+@axis_rule(aten.bilinear.default)
+def bilinear(node: Node, walk: Walk) -> Dims:
+    """[…, i], [out, i, j], […, j] → […, out]."""
+    one, two, weight = walk.of(node.args[0]), walk.of(node.args[1]), walk.of(node.args[2])
+    outer = walk.unified(one[:-1], two[:-1])
+    walk.unify(one[-1], weight[1])
+    walk.unify(two[-1], weight[2])
+    roles: tuple[Role, ...] = ("out", "in", "in")
+    for dim, role in enumerate(roles):
+        walk.role(node.args[2], dim, role)
+    return (*outer, _with_bias(node, walk, weight[0]))
+
+
+@axis_rule(aten.tensordot.default)
+def tensordot(node: Node, walk: Walk) -> Dims:
+    """The dimensions that are not summed over: those of the one, those of the other."""
+    one, two = walk.of(node.args[0]), walk.of(node.args[1])
+    summed = [dimensions(argument(node, f"dims_{side}"), len(dims)) for side, dims in (("self", one), ("other", two))]
+    for left, right in zip(*summed, strict=True):
+        walk.unify(one[left], two[right])
+    rest = [s for dim, s in enumerate(one) if dim not in summed[0]]
+    return (*rest, *(s for dim, s in enumerate(two) if dim not in summed[1]))
+
+
+@axis_rule(aten.inner.default)
+def inner(node: Node, walk: Walk) -> Dims:
+    """[…, k] and […, k] → […, …]."""
+    one, two = walk.of(node.args[0]), walk.of(node.args[1])
+    walk.unify(one[-1], two[-1])
+    return (*one[:-1], *two[:-1])

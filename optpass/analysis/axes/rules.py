@@ -9,7 +9,7 @@ An operator without a rule may do anything, so nothing that it touches can be cu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from optpass.analysis.axes.algebra import Algebra
 from optpass.analysis.axes.structure import UNIT, Size, Structure, is_unit
-from optpass.analysis.operators import MASKING, POINTWISE_UNARY, argument
+from optpass.analysis.operators import MASKING, POINTWISE_UNARY, argument, aten
 from optpass.ir.graph import path_of
 from optpass.ir.sizes import is_size, size_of, sizes_of
 
@@ -64,6 +64,10 @@ class Walk:
     values: dict[Node, Results] = field(default_factory=dict)
     weights: dict[str, Dims] = field(default_factory=dict)
     normalised: list[Normalised] = field(default_factory=list)
+    stored: set[Node] = field(default_factory=set)
+    """Nodes that depend on weights alone."""
+    parts: dict[Structure, list[tuple[int, int]]] = field(default_factory=dict)
+    """Of dimensions of stored tables, the parts (start, stop) that slices read."""
     derived: list[tuple[Structure, Structure]] = field(default_factory=list)
     """Dimensions computed from others by striding, pooling, interpolation: they have their names, not their indices."""
     roles: dict[tuple[str, int], Role] = field(default_factory=dict)
@@ -86,6 +90,8 @@ class Walk:
         self.algebra.place = path_of(node)
         rule = RULES.get(node.target) or (_pointwise if _is_pointwise(node) else _unknown)
         self.values[node] = rule(node, self)
+        if node.all_input_nodes and self.stored.issuperset(node.all_input_nodes):
+            self.stored.add(node)
 
     def operand(self, node: Node, name: str) -> Dims:
         """The dimensions of ``node``'s argument called ``name``; none where it is absent."""
@@ -99,6 +105,10 @@ class Walk:
 
     def fix(self, structure: Structure, reason: str) -> Structure:
         return self.algebra.fix(structure, reason)
+
+    def fix_all(self, dims: Iterable[Structure], reason: str) -> None:
+        for structure in dims:
+            self.fix(structure, reason)
 
     def unify(self, one: Structure, other: Structure) -> Structure:
         """Of equal sizes; a dimension of size 1 says nothing about what it broadcasts to."""
@@ -162,9 +172,20 @@ def number(value: Any) -> Size:
     return size_of(value.meta["val"]) if isinstance(value, Node) else value
 
 
+_UNTAGGED = frozenset(
+    {
+        *(aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor),
+        *(aten.__and__.Scalar, aten.__or__.Scalar, aten.__xor__.Scalar),
+        *(aten.fill.Scalar, aten.fill.Tensor, aten.log_sigmoid.default),
+        *(aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar),
+    }
+)
+"""Pointwise operators of which torch does not say so."""
+
+
 def _is_pointwise(node: Node) -> bool:
     target = node.target
-    if target in POINTWISE_UNARY or target in MASKING:
+    if target in POINTWISE_UNARY or target in MASKING or target in _UNTAGGED:
         return True
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
@@ -172,7 +193,7 @@ def _is_pointwise(node: Node) -> bool:
 def _pointwise(node: Node, walk: Walk) -> Results:
     dims = walk.broadcast(*node.all_input_nodes)
     operands = [operand for operand in node.all_input_nodes if operand.op == "call_function"]
-    if node.target is torch.ops.aten.add.Tensor and len({walk.shape(operand) for operand in operands}) == 1:
+    if node.target is aten.add.Tensor and len({walk.shape(operand) for operand in operands}) == 1:
         walk.sums += dims if len(operands) == 2 else ()
     return dims
 
@@ -180,8 +201,7 @@ def _pointwise(node: Node, walk: Walk) -> Results:
 def _unknown(node: Node, walk: Walk) -> Results:
     reason = f"{node.target} has no axis rule"
     for operand in node.all_input_nodes:
-        for structure in _every(walk.values.get(operand, ())):
-            walk.fix(structure, reason)
+        walk.fix_all(_every(walk.values.get(operand, ())), reason)
     value = node.meta["val"]
     if is_size(node) or value is None:
         return ()

@@ -9,6 +9,7 @@ from torch.fx import Node
 from optpass.analysis.axes.rules import Dims, Normalised, Results, Walk, axis_rule, dimension, dimensions
 from optpass.analysis.axes.structure import UNIT
 from optpass.analysis.operators import SOFTMAX, argument, aten
+from optpass.ir.sizes import sizes_of
 
 
 @axis_rule(aten.layer_norm.default, aten.rms_norm.default)
@@ -44,6 +45,13 @@ def group_norm(node: Node, walk: Walk) -> Dims:
     return walk.replaced(dims, {1: channels})
 
 
+@axis_rule(aten.prelu.default)
+def prelu(node: Node, walk: Walk) -> Dims:
+    """A slope for every channel, or one for all."""
+    dims, slopes = walk.of(node.args[0]), walk.of(node.args[1])
+    return walk.replaced(dims, {1: walk.unify(dims[1], slopes[0])}) if len(dims) > 1 and slopes else dims
+
+
 @axis_rule(aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default, aten.instance_norm.default)
 def batch_norm(node: Node, walk: Walk) -> Results:
     """Every channel by itself."""
@@ -57,12 +65,33 @@ def batch_norm(node: Node, walk: Walk) -> Results:
     return result if not isinstance(node.meta["val"], (tuple, list)) else [result, (UNIT,), (UNIT,)]
 
 
-@axis_rule(*SOFTMAX, aten.log_softmax.int, aten.cumsum.default, aten.cumprod.default, aten.sort.default)
-def along(node: Node, walk: Walk) -> Dims:
+@axis_rule(
+    *(*SOFTMAX, aten.log_softmax.int, aten.cumsum.default, aten.cumprod.default),
+    *(aten.sort.default, aten.sort.stable, aten.argsort.default),
+)
+def along(node: Node, walk: Walk) -> Results:
     """Every element depends on the others along a dimension."""
     dims = walk.of(node.args[0])
     walk.fix(dims[dimension(node, "dim", len(dims))], f"{node.target} runs over it")
-    return dims
+    return _for_each(node, dims)
+
+
+@axis_rule(aten.topk.default, aten.diff.default)
+def shortened(node: Node, walk: Walk) -> Results:
+    """The same, and fewer elements of it come out."""
+    dims = walk.of(node.args[0])
+    dim = dimension(node, "dim", len(dims))
+    walk.fix(dims[dim], f"{node.target} runs over it")
+    value: Any = node.meta["val"]
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    new = walk.algebra.fixed_new(sizes_of(first)[dim], f"{node.target} makes it")
+    return _for_each(node, walk.replaced(dims, {dim: new}))
+
+
+def _for_each(node: Node, dims: Dims) -> Results:
+    """``dims`` of a single result, or of each of several."""
+    value: Any = node.meta["val"]
+    return [dims] * len(value) if isinstance(value, (tuple, list)) else dims
 
 
 @axis_rule(
@@ -71,28 +100,49 @@ def along(node: Node, walk: Walk) -> Dims:
     aten.var.correction,
     aten.std.dim,
     aten.std.correction,
+    aten.var_mean.dim,
+    aten.var_mean.correction,
+    aten.std_mean.dim,
+    aten.std_mean.correction,
     aten.linalg_vector_norm.default,
 )
-def statistic(node: Node, walk: Walk) -> Dims:
+def statistic(node: Node, walk: Walk) -> Results:
     """A statistic over some dimensions."""
     dims = walk.of(node.args[0])
     return _reduced(node, walk, dims, lambda structure: walk.normalised.append(Normalised(node, structure)))
 
 
-@axis_rule(aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.argmax.default, aten.any.dim, aten.all.dim)
-def reduction(node: Node, walk: Walk) -> Dims:
+@axis_rule(
+    *(aten.sum.dim_IntList, aten.prod.dim_int, aten.logsumexp.default),
+    *(aten.amax.default, aten.amin.default, aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim),
+    *(aten.any.dim, aten.any.dims, aten.all.dim, aten.all.dims),
+)
+def reduction(node: Node, walk: Walk) -> Results:
     """Without some dimensions, or with 1 element of them."""
     dims = walk.of(node.args[0])
     return _reduced(node, walk, dims, lambda structure: walk.fix(structure, f"{node.target} reduces it"))
 
 
-def _reduced(node: Node, walk: Walk, dims: Dims, note: Any) -> Dims:
+@axis_rule(
+    *(aten.sum.default, aten.mean.default, aten.prod.default, aten.max.default, aten.min.default),
+    *(aten.any.default, aten.all.default, aten.var.default, aten.std.default),
+)
+def whole(node: Node, walk: Walk) -> Dims:
+    """One number."""
+    walk.fix_all(walk.of(node.args[0]), f"{node.target} reduces it")
+    return ()
+
+
+def _reduced(node: Node, walk: Walk, dims: Dims, note: Any) -> Results:
     asked = dimensions(argument(node, "dim"), len(dims))
     for dim in asked:
         note(dims[dim])
     keep = bool(argument(node, "keepdim"))
-    return tuple(
-        UNIT if index in asked else structure for index, structure in enumerate(dims) if keep or index not in asked
+    return _for_each(
+        node,
+        tuple(
+            UNIT if index in asked else structure for index, structure in enumerate(dims) if keep or index not in asked
+        ),
     )
 
 
@@ -113,16 +163,14 @@ def resample(node: Node, walk: Walk) -> Results:
     """Batch and channels stay; the rest is pooled or interpolated."""
     dims = walk.of(node.args[0])
     value: Any = node.meta["val"]
-    several = isinstance(value, (tuple, list))
-    shape = walk.shape(node) if not several else tuple(value[0].shape)
+    shape = sizes_of(value[0] if isinstance(value, (tuple, list)) else value)
     spatial = _spatial_rank(node)
     kept = len(dims) - spatial
     rest = [
         walk.resampled(s, n, "neighbours along it are pooled or interpolated")
         for s, n in zip(dims[kept:], shape[kept:], strict=True)
     ]
-    result = (*dims[:kept], *rest)
-    return [result] * len(value) if several else result
+    return _for_each(node, (*dims[:kept], *rest))
 
 
 def _spatial_rank(node: Node) -> int:
