@@ -13,7 +13,6 @@ from optpass.ir.program import Program
 
 Forest = Mapping[str, tuple[Unit, ...]]
 """The outermost units of every entry."""
-"""Paths that are shown where a pattern matches none."""
 
 
 @dataclass(frozen=True)
