@@ -99,8 +99,9 @@ def refusal(program: Program, members: Iterable[Place]) -> Refusal | None:
 
 def _kept(graph: Graph, unit: Unit) -> str:
     """Why another step goes on needing what the unit computes; empty where none does."""
-    inside = set(unit.nodes)
-    for name, node in zip(graph.signature.outputs, graph.output_node.args[0], strict=True):  # type: ignore[arg-type]
-        if name.startswith(PRESENT) and node in inside:
+    output = graph.output_node
+    returned = {node for node in unit.nodes if output in node.users}
+    for name, node in zip(graph.signature.outputs, output.args[0], strict=True) if returned else ():  # type: ignore[arg-type]
+        if name.startswith(PRESENT) and node in returned:
             return f"later steps reuse what it computes ({name}): prune before caching"
     return ""
