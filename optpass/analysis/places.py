@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from optpass.analysis.units import Unit, UnitKind, outermost, units
-from optpass.errors import UserError
+from optpass.errors import UserError, nearest_paths
 from optpass.ir.graph import Graph
 from optpass.ir.loop import PRESENT
 from optpass.ir.program import Program
 
 Forest = Mapping[str, tuple[Unit, ...]]
 """The outermost units of every entry."""
-SHOWN = 3
-"""Paths that are shown where a pattern matches none."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,8 @@ def named_places(
         if not any(unit.is_named([pattern], whole=False) for unit in members):
             paths = dict.fromkeys(unit.path for unit in all_units(found) if is_kind(unit))
             of_kind = f" of kind {kind}" if kind else ""
-            raise UserError(f"no residual branch{of_kind} matches {pattern!r}{_nearest(pattern, list(paths))}")
+            raise UserError(f"no residual branch{of_kind} matches {pattern!r}{nearest_paths(pattern, paths)}")
     return chosen
-
-
-def _nearest(pattern: str, paths: list[str]) -> str:
-    near = difflib.get_close_matches(pattern, paths, n=SHOWN, cutoff=0.3) or paths[:SHOWN]
-    return f"; the nearest are {', '.join(near)}" if near else "; the model has none"
 
 
 def all_units(found: Forest) -> Iterable[Unit]:
