@@ -8,12 +8,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from optpass.analysis.places import Forest, Place, Places, forest, places, refusal
+from optpass.analysis.places import Forest, Place, Places, forest, places
 from optpass.analysis.units import ATTENTION, Unit, with_inner
 from optpass.ir.program import Program
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context, Pass
-from optpass.rewrite.unit_removal import without_units
+from optpass.rewrite.unit_removal import removable, report, without_units
 
 STEP = 2
 """Positions of one level over those of the next, at least: text tokens beside image tokens are no level."""
@@ -58,21 +58,18 @@ class DropAttentionLevel(Pass):
                 context.decline("(root)", reason)
             else:
                 chosen |= transformers
-        return without_units(program, self._allowed(program, chosen, context))
+        chosen = removable(program, self._spatial(chosen, context), context)
+        report(chosen, context)
+        return without_units(program, chosen)
 
-    def _allowed(self, program: Program, chosen: Places, context: Context) -> Places:
-        allowed: Places = {}
+    def _spatial(self, chosen: Places, context: Context) -> Places:
+        found: Places = {}
         for path, members in chosen.items():
-            if refused := refusal(program, members):
-                context.decline(path, refused.reason, refused.entry)
-                continue
             if all(place.unit.mixes == {"temporal"} for place in members):
                 context.decline(path, "it attends over frames alone: prune-blocks has kind temporal", members[0].entry)
-                continue
-            allowed[path] = members
-            for entry in dict.fromkeys(place.entry for place in members):
-                context.rewrote(path, entry)
-        return allowed
+            else:
+                found[path] = members
+        return found
 
 
 def _tops(found: Forest) -> list[int]:

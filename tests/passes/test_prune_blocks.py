@@ -191,6 +191,11 @@ class Scaled(nn.Module):
         return a * x + b * self.inner(x)
 
 
+class Added(nn.Linear):
+    def forward(self, x):
+        return torch.add(x, super().forward(x), alpha=2)
+
+
 def test_factors_that_may_not_sum_to_one_are_declined(capture_module):
     program, _ = capture_module(Scaled, x=torch.randn(3, 4), a=torch.randn(1), b=torch.randn(1))
     _, record = pruned(program, remove="inner")
@@ -198,6 +203,9 @@ def test_factors_that_may_not_sum_to_one_are_declined(capture_module):
     [declined] = record.declined
     assert declined.path == "inner"
     assert "nothing tells that the factors sum to one" in declined.reason
+    program, _ = capture_module(lambda: Added(4, 4), x=torch.randn(3, 4))
+    _, record = pruned(program, remove="*")
+    assert [item.reason for item in record.declined] == ["the addition scales its second operand (alpha)"]
 
 
 class Switched(nn.Module):
@@ -336,6 +344,12 @@ def test_a_block_goes_from_every_entry(tmp_path):
     assert any(site.startswith("reuse:") for site in record.sites)
     assert set(after.weights) == set(expected.weights)
     assert program_difference(expected, after).relative_error <= RTOL
+    # Importances of a loop are those of its computed steps.
+    options = {"match": ["mid_block", "up_blocks.1.attentions"], "count": 1, "calls": 1}
+    importances = [pruned(each, **options)[1].facts["blocks"] for each in (program, cached)]
+    for plain, looped in zip(*importances, strict=True):
+        assert plain["path"] == looped["path"]
+        assert plain["importance"] == pytest.approx(looped["importance"], rel=1e-4)
 
 
 def test_states_of_a_removed_block_go(tmp_path):
