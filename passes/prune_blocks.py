@@ -100,11 +100,11 @@ class PruneBlocks(Pass):
             report(candidates, context)
             return with_gates(program, candidates)
         chosen = candidates if self.remove else self._least(program, candidates, context)
-        report(chosen, context)
+        changed = self._places(program, self.match) if self.importance == "gates" else chosen
+        report(changed, context)
         if self.importance == "gates":
-            gates = [gate_of(members[0].unit) for members in self._places(program, self.match).values()]
             for graph in program.entries.values():
-                drop_gates(graph, gates)
+                drop_gates(graph, [gate_of(members[0].unit) for members in changed.values()])
         return without_units(program, chosen)
 
     def _places(self, program: Program, *lists: Sequence[str]) -> Places:

@@ -144,5 +144,13 @@ def drop_gates(graph: Graph, names: Iterable[str]) -> None:
         casts = [user for user in node.users if user.target is aten.to.dtype]
         for z in (node, *casts):
             for product in [user for user in z.users if user.target is aten.mul.Tensor]:
-                left, right = product.args
-                replace(product, right if left is z else left)
+                replace(product, _ungated(graph, product, z))
+
+
+def _ungated(graph: Graph, product: Node, z: Node) -> Node:
+    left, right = product.args
+    factor = right if left is z else left
+    if isinstance(factor, Node):
+        return factor
+    with graph.before(product):
+        return graph.call(aten.full.default, [1], factor, like=product, dtype=value_of(product).dtype)

@@ -147,6 +147,29 @@ def test_learned_gates_choose_and_go(capture_module):
     ]
 
 
+class FixedBlend(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return 0.25 * x + 0.75 * self.inner(x)
+
+
+def test_gates_of_what_stays_go(capture_module):
+    """A run that removes nothing leaves the function that the model had before there were gates."""
+    program, _ = capture_module(FixedBlend, x=torch.randn(3, 4))
+    gated, _ = pruned(program, gated=True)
+    assert program_difference(program, gated).relative_error <= 1e-6
+    trained = gated.with_weights({"inner.prune_gate": Constant(torch.tensor([0.3]))})
+    after, record = pruned(trained, importance="gates", keep=1)
+    assert record.sites == ("inner",)
+    assert "inner.prune_gate" not in after.weights
+    assert program_difference(program, after).relative_error <= 1e-6
+    removed, _ = pruned(after, remove="inner")
+    assert not removed.entries["full"].calls
+
+
 def test_errors_are_those_of_each_removal(capture_module):
     program, _ = capture_module(Blocks, x=torch.randn(3, 2, 4))
     # A branch that adds next to nothing is the least important.
