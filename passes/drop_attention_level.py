@@ -42,9 +42,7 @@ class DropAttentionLevel(Pass):
         found = forest(program)
         tops = _tops(found)
         if len(tops) < 2:
-            context.decline(
-                "(root)", "all residual branches work at one resolution: there are no levels"
-            )
+            context.decline("(root)", "all residual branches work at one resolution: there are no levels")
             return program
         chosen: Places = {}
         for level in self.levels:

@@ -58,9 +58,7 @@ class PruneBlocks(Pass):
     remove: tuple[str, ...] = Field((), description="paths or patterns of the candidates that go")
     keep: int | float | None = Field(None, ge=0, description="how many candidates stay, or which share (below 1)")
     count: int | None = Field(None, ge=1, description="how many candidates go")
-    importance: Literal["error", "macs", "gates"] = Field(
-        "error", description="the least go, with keep or count"
-    )
+    importance: Literal["error", "macs", "gates"] = Field("error", description="the least go, with keep or count")
     gated: bool = Field(False, description="insert gates of 1 in place of removing anything")
     calls: int = Field(8, ge=1, description="error: calls of the model that are measured")
     samples: int = Field(2, ge=1, description="error: samples of the pipeline from which these are taken")
