@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from optpass.analysis.axes import Axes, Group, axes_of
-from optpass.analysis.axes.steps import norm_groups
+from optpass.analysis.axes.steps import norm_groups, removable
 from optpass.analysis.axes.structure import Kept, Structure, atoms, kept_indices
 from optpass.evaluate.difference import outputs_difference
 from optpass.evaluate.trials import random_inputs
@@ -28,12 +28,12 @@ Choice = Mapping[int, tuple[int, ...]]
 """Which indices stay of the groups of a Program, by their number: atoms are others in every analysis."""
 
 
-def halved(group: Group, multiple: int = 1) -> tuple[int, ...]:
-    """About every second index, a whole ``multiple`` of them, not the first ones."""
+def halved(group: Group, step: int = 1) -> tuple[int, ...]:
+    """Without about half of the indices, a whole multiple of ``step`` of them, not the last ones."""
     size = group.size
-    count = max(multiple, size // 2 // multiple * multiple)
+    gone = removable(size, max(step, size / 2), step)
     generator = torch.Generator().manual_seed(size)
-    return tuple(sorted(torch.randperm(size, generator=generator)[:count].tolist()))
+    return tuple(sorted(torch.randperm(size, generator=generator)[: size - gone].tolist()))
 
 
 def choices(found: Axes) -> dict[int, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from optpass.analysis.axes import axes_of
-from optpass.analysis.axes.steps import norm_groups
+from optpass.analysis.axes.steps import norm_groups, removable
 from optpass.testing import capture_module
 
 SHAPE = (2, 3, 4, 6)
@@ -138,10 +138,9 @@ def check(seed):
     norms = norm_groups(found)
     choice = {}
     for index, group in enumerate(found.groups):
-        step = norms.get(group.atom, 1)
-        count = random.randint(1, max(1, group.size // step)) * step
-        if count < group.size:
-            choice[index] = tuple(sorted(random.sample(range(group.size), count)))
+        gone = removable(group.size, random.randint(1, group.size), norms.get(group.atom, 1))
+        if gone:
+            choice[index] = tuple(sorted(random.sample(range(group.size), group.size - gone)))
     some = {index: kept for index, kept in choice.items() if random.random() < 0.5}
     assert max([0.0, *cut_errors(program, [choice, some])]) <= 1e-9
 
