@@ -235,7 +235,7 @@ def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:
     for gate in report["gates"]:
         yield f"gate {escape(gate['metric'])} after {escape(gate['after'])}: {gate['value']:.4g}, held"
     if added := report.get("added"):
-        yield f"the original has what {escape(' and '.join(added))} put in, in its plain form"
+        yield f"the original went through {escape(', '.join(added))} too, in plain form"
     if unhealed := report.get("unhealed"):
         yield f"quality is undefined until training heals {escape(', '.join(unhealed))}"
     if loop := report.get("loop"):

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from optpass.analysis.places import Place, Places, forest, named_places, refusal
-from optpass.analysis.units import UnitKind
+from optpass.analysis.units import Unit, UnitKind
 from optpass.errors import UserError
-from optpass.evaluate.calibration import Request
-from optpass.evaluate.model_calls import pipeline_calls, random_calls
-from optpass.evaluate.removal_errors import Calls, removal_errors
-from optpass.evaluate.widened import widened
+from optpass.evaluate.generation import pipeline_folder
+from optpass.evaluate.importance import Calls, random_calls, sampled_calls
+from optpass.evaluate.removal_errors import removal_errors
 from optpass.ir.program import Program
 from optpass.pipeline.contract import Contract, approximate, exact
 from optpass.pipeline.passes import Context, Pass
-from optpass.rewrite.stepping import computed_entry
 from optpass.rewrite.unit_removal import drop_gates, gate_of, with_gates, without_units
+from optpass.runtime.folder import build_pipeline
 from optpass.runtime.sampling import LABELS, Asked
 
 
@@ -30,7 +29,8 @@ class PruneBlocks(Pass):
     goes with it, in every entry of a loop. Units are found from the graph: one branch, or all branches that one
     module adds (a transformer block's attention and feed-forward together). Candidates are the largest that lie
     in `match` and are of `kind`: `temporal` ones mix frames and nothing else (attention whose batch holds the pixels, a
-    kernel over frames alone), `spatial` ones mix, and no frames; the other kinds are those of single branches.
+    kernel over frames alone), `spatial` ones mix, and no frames; the other kinds are single branches (`attention` of
+    any sort).
 
     Of the candidates go: those in `remove`, by path or pattern; or the `count` least important, or all but `keep` (a
     number, or a share below 1). `importance` is
@@ -95,35 +95,38 @@ class PruneBlocks(Pass):
         return not self.gated and not self.remove and self.importance != "macs"
 
     def run(self, program: Program, context: Context) -> Program:
-        found = forest(program)
-        candidates = self._allowed(program, named_places(found, self.kind, self.match, self.remove), context)
-        if not candidates:
-            return program
+        candidates = self._allowed(program, self._places(program, self.match, self.remove), context)
         if self.gated:
             return with_gates(program, _told(candidates, context))
         chosen = _told(candidates if self.remove else self._least(program, candidates, context), context)
         if self.importance == "gates":
-            gated = [place.unit for group in named_places(found, self.kind, self.match).values() for place in group]
+            gates = [gate_of(members[0].unit) for members in self._places(program, self.match).values()]
             for graph in program.entries.values():
-                drop_gates(graph, map(gate_of, gated))
+                drop_gates(graph, gates)
         return without_units(program, chosen)
+
+    def _places(self, program: Program, *lists: Sequence[str]) -> Places:
+        """The units that are named; with gates as importances, of those that have one."""
+
+        def is_gated(unit: Unit) -> bool:
+            return self.gated or self.importance != "gates" or gate_of(unit) in program.weights
+
+        return named_places(forest(program), self.kind, *lists, among=is_gated)
 
     def _allowed(self, program: Program, candidates: Places, context: Context) -> Places:
         """Those that the pass may touch; the others are declined."""
         allowed: Places = {}
         for path, members in candidates.items():
-            has_gate = gate_of(members[0].unit) in program.weights
             if refused := refusal(program, members):
                 context.decline(path, refused.reason, refused.entry)
-            elif self.gated and has_gate:
+            elif self.gated and gate_of(members[0].unit) in program.weights:
                 context.decline(path, "it has a gate already", members[0].entry)
-            elif self.importance == "gates" and not self.gated and not has_gate:
-                context.decline(path, "it has no gate: insert one with gated: true", members[0].entry)
             else:
                 allowed[path] = members
         if not candidates:
             kind = f" of kind {self.kind}" if self.kind else ""
-            context.decline("(root)", f"there is no residual branch{kind}", next(iter(program.entries)))
+            gate = " with a gate (insert them with gated: true)" if self.importance == "gates" else ""
+            context.decline("(root)", f"there is no residual branch{kind}{gate}", next(iter(program.entries)))
         return allowed
 
     def _least(self, program: Program, candidates: Places, context: Context) -> Places:
@@ -161,27 +164,19 @@ class PruneBlocks(Pass):
         gates = {path: gate_of(members[0].unit) for path, members in candidates.items()}
         if self.importance == "gates":
             return {path: float(program.weights[name].evaluate()) for path, name in gates.items()}
-        trial = widened(program.copy())
-        again = named_places(forest(trial), self.kind, self.match)
+        trial = program.copy()
+        again = self._places(trial, self.match)
         gated = with_gates(trial, {path: again[path] for path in candidates})
-        errors = removal_errors(gated, list(gates.values()), self._measured(gated))
+        errors = removal_errors(gated, gates.values(), self._measured(program))
         return {path: errors[name] for path, name in gates.items()}
 
-    def _measured(self, program: Program) -> dict[str, Calls]:
-        """The calls of each entry on which errors are measured.
-
-        Raises:
-            UserError: a step is more than one entry.
-        """
-        if program.loop is None:
-            return {entry: random_calls(program, entry, self.calls, self.seed) for entry in program.entries}
-        entry = computed_entry(program.loop)
-        if entry is None or not program.loop.stateless:
-            raise UserError("errors are measured on whole steps, and the steps are split already: prune before caching")
-        if not program.origin.pipeline:
-            return {entry: random_calls(program, entry, self.calls, self.seed)}
+    def _measured(self, program: Program) -> Calls:
+        """The calls on which errors are measured: the pipeline's own, where there is one."""
+        if program.loop is None or not program.origin.pipeline:
+            return random_calls(program, self.calls, self.seed)
+        pipeline = build_pipeline(pipeline_folder(program), {})
         asked = Asked(self.prompt, self.labels, None, self.steps, self.guidance, self.call)
-        return {entry: pipeline_calls(program, entry, self.calls, Request(asked, self.samples, self.seed))}
+        return sampled_calls(program, pipeline, asked, self.calls, samples=self.samples, seed=self.seed)
 
 
 def _told(chosen: Places, context: Context) -> Places:

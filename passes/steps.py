@@ -60,4 +60,12 @@ class Steps(Pass):
             context.decline("(root)", f"a sample takes {sampling.evaluations} evaluations already")
             return program
         context.rewrote("(root)")
-        return replace(program, loop=replace(program.loop, sampling=sampling))
+        return self._sampled(program)
+
+    def reference(self, program: Program) -> Program:
+        """What was recorded is true of the original too: it is sampled so where results are compared with it."""
+        return self._sampled(program) if self.trained else program
+
+    def _sampled(self, program: Program) -> Program:
+        assert program.loop is not None
+        return replace(program, loop=replace(program.loop, sampling=Sampling(self.steps, self.guidance)))

@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
-from optpass.ir.graph import Graph
+from optpass.evaluate.difference import program_runners
+from optpass.evaluate.importance import Calls
+from optpass.evaluate.observation import computing
+from optpass.evaluate.widened import widened
 from optpass.ir.program import Program
+from optpass.ir.weights import Constant
+from optpass.runtime.loop import call_runners
 
-Calls = Sequence[Mapping[str, Tensor]]
+Outputs = Mapping[str, Tensor]
 
 
-def removal_errors(program: Program, gates: Sequence[str], calls: Mapping[str, Calls]) -> dict[str, float]:
-    """The relative error ‖y − y₀‖₂ / ‖y‖₂ of closing each of the ``gates``, weights of ``program`` that are open.
+def removal_errors(program: Program, gates: Collection[str], calls: Calls) -> dict[str, float]:
+    """The relative error ‖y − y₀‖₂ / ‖y‖₂ of setting each of the ``gates``, scalar weights that are 1, to 0.
 
-    The mean over an entry's ``calls`` (by entry) of the error over all outputs together; the largest of several entries'.
-    Executes each call once, and once more for each gate that its entry reads.
+    The mean over all ``calls``, all outputs of a call together. A loop is asked for its computed variant, each call
+    being a generation's first. Executes every call once, and once more for each gate; weights are read once.
 
     Raises:
         MissingValuesError: the Program was captured structure-only.
     """
-    errors = dict.fromkeys(gates, 0.0)
-    for entry, inputs in calls.items():
-        graph = program.entries[entry]
-        module, read = graph.module(program.weights), set(graph.weight_names)
-        expected = _outputs(graph, module, inputs)
-        for name in (gate for gate in gates if gate in read):
-            value = module.get_parameter(name).data
-            value.zero_()
-            found = _outputs(graph, module, inputs)
-            value.fill_(1.0)
-            distances = [_distance(a, b) for a, b in zip(expected, found, strict=True)]
-            errors[name] = max(errors[name], sum(distances) / len(distances))
+    held = {name: torch.ones(1) for name in gates}
+    # The runners' parameters share the memory of these.
+    wide = widened(program.with_weights({name: Constant(value) for name, value in held.items()}))
+    looped = replace(wide, loop=computing(wide.loop)) if wide.loop else wide
+    runners = program_runners(wide)
+
+    def answers() -> list[Outputs]:
+        # A new runner for each call: a loop remembers.
+        return [call_runners(looped, runners)[name](inputs) for name, trials in calls.items() for inputs in trials]
+
+    expected, errors = answers(), dict[str, float]()
+    for name, value in held.items():
+        value.zero_()
+        distances = list(map(_distance, expected, answers()))
+        value.fill_(1.0)
+        errors[name] = sum(distances) / len(distances)
     return errors
 
 
-def _outputs(graph: Graph, module: GraphModule, calls: Calls) -> list[list[Tensor]]:
-    with torch.no_grad():
-        return [list(module(*(call[spec.name].to(spec.dtype) for spec in graph.inputs))) for call in calls]
-
-
-def _distance(reference: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    pairs = [(a.double(), b.double()) for a, b in zip(reference, others, strict=True)]
+def _distance(reference: Outputs, other: Outputs) -> float:
+    pairs = [(value.double(), other[name].double()) for name, value in reference.items()]
     error = sum(float((a - b).square().sum()) for a, b in pairs)
-    return float((error / max(sum(float(a.square().sum()) for a, _ in pairs), 1e-300)) ** 0.5)
+    return float((error / sum(float(a.square().sum()) for a, _ in pairs)) ** 0.5) if error else 0.0

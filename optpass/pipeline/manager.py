@@ -100,7 +100,9 @@ def run_passes(
         try:
             after, record = run_pass(program, step, cost)
             reference = step.record.reference(program)
-            original = original if reference is program else reference
+            if reference is not program:
+                # Not the reference itself: what passes before this one changed is to be seen in the end.
+                original = reference if original is program else step.record.reference(original)
             event = Event("finished", index, step, program, original, after, record, reference=reference)
             _tell(callbacks, event)
         except (Exception, KeyboardInterrupt) as error:

@@ -43,7 +43,8 @@ def lede(report: Mapping[str, Any], passes: Sequence[PassView], changes: Mapping
         same = "is identical to" if psnr == math.inf else f"agrees to {units.decibels(psnr)} PSNR with"
         told.append(f"What it generates {same} what the original generates from the same seeds.")
     if added := report.get("added"):
-        told.append(f"The original that it is compared with has what {' and '.join(added)} put in, in its plain form.")
+        names = _listed([str(name) for name in added])
+        told.append(f"The original that it is compared with went through {names} too, in plain form.")
     if unhealed := report.get("unhealed"):
         told.append(f"Its quality is undefined until training heals {_listed([str(name) for name in unhealed])}.")
     if any(gate.get("held") is False for gate in mappings(report, "gates")):

@@ -17,8 +17,17 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Node
 
-from optpass.analysis.axes.rules import Walk, dimension, number
-from optpass.analysis.axes.structure import Concatenation, Size, Structure, factors, product, quotient, resolved
+from optpass.analysis.axes.rules import Walk, dimension, dimensions, number
+from optpass.analysis.axes.structure import (
+    Concatenation,
+    Size,
+    Structure,
+    factors,
+    is_unit,
+    product,
+    quotient,
+    resolved,
+)
 from optpass.analysis.operators import CONVOLUTIONS, argument, aten
 from optpass.analysis.pieces import SPLITS, slice_piece
 from optpass.ir.graph import Graph, shape_of
@@ -129,6 +138,16 @@ def shaped(node: Node, sizes: NewSizes) -> Arguments:
 def new(node: Node, sizes: NewSizes) -> Arguments:
     """The shape."""
     return {"size": _changed(argument(node, "size"), sizes.of(node))}
+
+
+@size_rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def squeeze(node: Node, sizes: NewSizes) -> Arguments:
+    """The dimensions that are dropped, by number: one that shrinks to size 1 is none of them."""
+    dims = sizes.walk.of(node.args[0])
+    asked = dimensions(node.args[1] if len(node.args) > 1 else None, len(dims))
+    dropped = [dim for dim in asked if is_unit(dims[dim])]
+    node.target, node.args, node.kwargs = aten.squeeze.dims, (node.args[0], dropped), {}
+    return {}
 
 
 @size_rule(aten.arange.default)

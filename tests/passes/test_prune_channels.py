@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import loops
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.nn import functional
 from optpass.analysis.cost import measure
 from optpass.errors import MissingValuesError, UserError
 from optpass.evaluate.difference import program_difference, program_runner
+from optpass.ir.loop import Cycle
 from optpass.ir.text import program_text
 from optpass.ir.weights import Absent, Constant, WeightStore
 from optpass.passes.prune_channels import PruneChannels
@@ -218,7 +220,7 @@ def test_scope(attention):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"match": ["qvk"]}, "no module with weights matches 'qvk'; did you mean 'qkv'"),
+        ({"match": ["qvk"]}, "no module with weights matches 'qvk'; the nearest are qkv"),
         ({"match": ["head"]}, r"nothing that matches may be cut: head: is a dimension of the output"),
         ({"match": ["up"], "kinds": ["conv"]}, "of the kinds asked for; there are: ffn"),
     ],
@@ -237,3 +239,35 @@ def test_amounts_that_leave_nothing_or_say_nothing(options):
 def test_it_says_why_the_rest_stays(attention):
     _, record = prune(attention, ratio=0.5)
     assert ("head", "an axis of 5 is a dimension of the output output") in {(d.path, d.reason) for d in record.declined}
+
+
+def test_states_of_a_loop_follow_whether_it_is_split_before_or_after():
+    """The loop is cut by hand where tanh gives the pruned channels: pruning the whole gives the same generations."""
+    uncached, _ = loops.denoiser()
+    program, _ = loops.cached()
+    options = {"ratio": 0.5, "kinds": ["stream"], "match": ["inner"]}
+    after, record = prune(program, **options)
+    assert record.sites == ("enter [stream]",)
+    assert after.loop.states["deep"].shape == (2, 2)
+    computed = replace(after, loop=replace(after.loop, schedule=Cycle(("full",))))
+    whole = prune(uncached, **options)[0]
+    assert program_difference(whole, computed).relative_error == 0
+    assert program_difference(whole, after).relative_error > 1e-3
+
+
+class Squeezed(nn.Module):
+    """A pooled map without its dimensions of size 1, whichever these are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.second(functional.adaptive_avg_pool2d(functional.relu(self.first(x)), 1).squeeze())
+
+
+def test_a_single_channel_left_is_no_dimension_to_squeeze(capture_module):
+    program, _ = capture_module(Squeezed, x=torch.randn(2, 3, 6, 5))
+    after, _ = prune(program, ratio=0.8)
+    assert weights(after)["first.weight"].shape[0] == 1
+    assert program_runner(after, "full")({"x": torch.randn(2, 3, 6, 5)})["output"].shape == (2, 5)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from optpass.errors import ContractError, DialectError, MissingValuesError, OptpassError, UserError
+from optpass.evaluate.difference import program_difference
 from optpass.ir.program import Program
 from optpass.ir.text import program_text
 from optpass.ir.weights import Absent, Scale, WeightStore
@@ -238,3 +239,25 @@ def test_what_a_pass_settles_and_tells_is_in_the_record(capture_module, tiny_cla
     # Replayed with what it settled, it settles nothing.
     _, [again] = run_passes(program, [Step("chooses", record.record)])
     assert again.record is record.record
+
+
+class Shifts(Pass):
+    """A pass that changes the function on purpose, and says what it is to be."""
+
+    contract = exact(1e-6)
+
+    def run(self, program, context):
+        context.rewrote("last")
+        return program.with_weights({"2.bias": Scale(program.weights["2.bias"], 3.0)})
+
+    def reference(self, program):
+        return program.with_weights({"2.bias": Scale(program.weights["2.bias"], 3.0)})
+
+
+def test_what_results_are_compared_with_keeps_no_error_of_earlier_passes(program):
+    events = []
+    run_passes(program, [Step("scale", ScaleWeights()), Step("shift", Shifts())], [events.append])
+    last = events[-1]
+    assert program_difference(last.reference, last.after).relative_error == 0
+    assert program_difference(last.original, last.after).relative_error > 0
+    assert program_difference(last.original, Shifts().reference(program)).relative_error == 0

@@ -116,7 +116,7 @@ def test_the_report_says_what_the_result_is_compared_with(model: tuple[str, Path
     report = json.loads((bundle / "report.json").read_text())
     assert report["added"] == ["merge-lora"]
     assert report["engine_difference"]["relative_error"] < 1e-5
-    assert "has what merge-lora put in" in (bundle / "report.html").read_text("utf-8")
+    assert "went through merge-lora too" in (bundle / "report.html").read_text("utf-8")
     plain = build(model, tmp_path / "b", [])
     assert json.loads((plain / "report.json").read_text())["added"] == []
 
