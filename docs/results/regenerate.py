@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from adapters_table import adapters
 from clockwork_table import clockwork
+from cutting_table import cutting
 from hoist_table import hoist
 from models_table import FAMILIES, models
 
@@ -140,6 +141,7 @@ def main(names: Sequence[str]) -> None:
         "reparameterize": reparameterized,
         "clockwork": partial(clockwork, optpass, ROOT),
         "hoist-invariants": hoist,
+        "cutting": cutting,
         "models": partial(models, optpass, table),
     }
     parts = {f"models-{family}": partial(models, optpass, table, (family,)) for family in FAMILIES}
