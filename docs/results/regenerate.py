@@ -19,6 +19,7 @@ from adapters_table import adapters
 from clockwork_table import clockwork
 from hoist_table import hoist
 from models_table import FAMILIES, models
+from structure_table import structure
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
@@ -140,6 +141,7 @@ def main(names: Sequence[str]) -> None:
         "reparameterize": reparameterized,
         "clockwork": partial(clockwork, optpass, ROOT),
         "hoist-invariants": hoist,
+        "structure": partial(structure, optpass, ROOT),
         "models": partial(models, optpass, table),
     }
     parts = {f"models-{family}": partial(models, optpass, table, (family,)) for family in FAMILIES}
