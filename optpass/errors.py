@@ -50,10 +50,21 @@ class GateError(OptpassError):
     exit_code = 3
 
 
+MANY, NEAREST = 24, 3
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest known name, or the list of known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""
+    more = f" and {len(known) - MANY} more" if len(known) > MANY else ""
+    return f"; known: {', '.join(known[:MANY])}{more}" if known else ""
+
+
+def nearest_paths(pattern: str, paths: Iterable[str]) -> str:
+    """``"; the nearest are a.b, a.c"``: the module paths that look most like a pattern which matches none."""
+    known = sorted(set(paths))
+    near = difflib.get_close_matches(pattern, known, n=NEAREST, cutoff=0.3) or known[:NEAREST]
+    return f"; the nearest are {', '.join(near)}" if near else "; the model has none"

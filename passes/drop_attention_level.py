@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated
 
 from pydantic import Field
 
 from optpass.analysis.places import Forest, Places, forest, places, refusal
-from optpass.analysis.units import ATTENTION, Unit
+from optpass.analysis.units import ATTENTION, Unit, with_inner
 from optpass.ir.program import Program
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context, Pass
@@ -34,7 +35,9 @@ class DropAttentionLevel(Pass):
     2312.08128, section 5; after SnapFusion, arXiv 2306.00980.
     """
 
-    levels: tuple[int, ...] = Field((0,), min_length=1, description="resolutions by number, from the highest, 0")
+    levels: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0,), min_length=1, description="resolutions by number, from the highest, 0"
+    )
 
     contract = approximate()
 
@@ -73,7 +76,8 @@ class DropAttentionLevel(Pass):
 def _tops(found: Forest) -> list[int]:
     """The most positions of each level, from the highest resolution on."""
     tops: list[int] = []
-    for positions in sorted({unit.positions for roots in found.values() for unit in roots}, reverse=True):
+    nested = (unit for roots in found.values() for unit in with_inner(roots))
+    for positions in sorted({unit.positions for unit in nested}, reverse=True):
         if not tops or positions * STEP <= tops[-1]:
             tops.append(positions)
     return tops
@@ -86,4 +90,4 @@ def _is_transformer(unit: Unit, tops: Sequence[int], level: int) -> bool:
 
 def _is_at(unit: Unit, tops: Sequence[int], level: int) -> bool:
     at = max(index for index, top in enumerate(tops) if top >= min(unit.positions, tops[0]))
-    return at == level and all(_is_at(inner, tops, level) for branch in unit.branches for inner in branch.inner)
+    return at == level and all(_is_at(inner, tops, level) for inner in unit.inner)

@@ -12,7 +12,7 @@ from pydantic import Field
 from optpass.analysis.affine_pairs import Pair, Pairs, Scope, UnpairedError, scope_of
 from optpass.analysis.axes import Group, axes_of
 from optpass.analysis.module_paths import matches
-from optpass.errors import nearest
+from optpass.errors import nearest_paths
 from optpass.ir.decompositions import Coupled
 from optpass.ir.program import Program
 from optpass.ir.weights import Expression, WeightStore
@@ -67,7 +67,7 @@ class FunnelChannels(Pass):
         groups = [group for group in axes_of(program).groups if scope_of(group) in self.scope]
         paths = {path for group in groups for path in group.paths}
         return [
-            f"match: {pattern!r} matches no layer of {', '.join(self.scope)}{nearest(pattern, paths)}"
+            f"match: {pattern!r} matches no layer of {', '.join(self.scope)}{nearest_paths(pattern, paths)}"
             for pattern in self.match
             if not any(matches(path, [pattern]) for path in paths)
         ]

@@ -13,7 +13,7 @@ from optpass.analysis.axes import Atom, Axes, Fixed, Group, axes_of
 from optpass.analysis.axes.costs import Counts, forecast
 from optpass.analysis.axes.steps import blocks, norm_groups, removable
 from optpass.analysis.module_paths import matches
-from optpass.errors import UserError, nearest
+from optpass.errors import UserError, nearest_paths
 from optpass.evaluate.channel_scores import Criterion, channel_scores
 from optpass.evaluate.importance import random_calls, taylor_importance
 from optpass.ir.program import Program
@@ -102,7 +102,8 @@ class PruneChannels(Pass):
         paths = {path for item in (*found.groups, *found.fixed) for path in item.paths}
         for pattern in (*self.match, *self.exclude):
             if not any(matches(path, [pattern]) for path in paths):
-                raise UserError(f"prune-channels: no module with weights matches {pattern!r}{nearest(pattern, paths)}")
+                near = nearest_paths(pattern, paths)
+                raise UserError(f"prune-channels: no module with weights matches {pattern!r}{near}")
         inside = [g for g in found.groups if self._in_scope(g)]
         if not inside:
             reasons = dict.fromkeys(f"{f.path}: {f.reason}" for f in found.fixed if self._in_scope(f))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from optpass.analysis.units import Unit, UnitKind, outermost, units
-from optpass.errors import UserError
+from optpass.errors import UserError, nearest_paths
 from optpass.ir.graph import Graph
 from optpass.ir.loop import PRESENT
 from optpass.ir.program import Program
 
 Forest = Mapping[str, tuple[Unit, ...]]
 """The outermost units of every entry."""
-SHOWN = 3
-"""Paths that are shown where a pattern matches none."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,8 @@ def named_places(
         if not any(unit.is_named([pattern], whole=False) for unit in members):
             paths = dict.fromkeys(unit.path for unit in all_units(found) if is_kind(unit))
             of_kind = f" of kind {kind}" if kind else ""
-            raise UserError(f"no residual branch{of_kind} matches {pattern!r}{_nearest(pattern, list(paths))}")
+            raise UserError(f"no residual branch{of_kind} matches {pattern!r}{nearest_paths(pattern, paths)}")
     return chosen
-
-
-def _nearest(pattern: str, paths: list[str]) -> str:
-    near = difflib.get_close_matches(pattern, paths, n=SHOWN, cutoff=0.3) or paths[:SHOWN]
-    return f"; the nearest are {', '.join(near)}" if near else "; the model has none"
 
 
 def all_units(found: Forest) -> Iterable[Unit]:
@@ -107,8 +99,9 @@ def refusal(program: Program, members: Iterable[Place]) -> Refusal | None:
 
 def _kept(graph: Graph, unit: Unit) -> str:
     """Why another step goes on needing what the unit computes; empty where none does."""
-    inside = set(unit.nodes)
-    for name, node in zip(graph.signature.outputs, graph.output_node.args[0], strict=True):  # type: ignore[arg-type]
-        if name.startswith(PRESENT) and node in inside:
+    output = graph.output_node
+    returned = {node for node in unit.nodes if output in node.users}
+    for name, node in zip(graph.signature.outputs, output.args[0], strict=True) if returned else ():  # type: ignore[arg-type]
+        if name.startswith(PRESENT) and node in returned:
             return f"later steps reuse what it computes ({name}): prune before caching"
     return ""

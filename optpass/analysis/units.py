@@ -76,7 +76,12 @@ class Unit:
     def kinds(self) -> frozenset[Kind]:
         """The kinds of its branches and of everything inside."""
         own = frozenset(branch.residual.kind for branch in self.branches)
-        return own.union(*(unit.kinds for branch in self.branches for unit in branch.inner))
+        return own.union(*(unit.kinds for unit in self.inner))
+
+    @property
+    def inner(self) -> list[Unit]:
+        """The units that lie within its branches."""
+        return [unit for branch in self.branches for unit in branch.inner]
 
     @property
     def nodes(self) -> list[Node]:
@@ -112,7 +117,7 @@ class Unit:
     def parts(self) -> Iterable[Unit]:
         """The next smaller units: each branch by itself, or what lies within the only one."""
         if len(self.branches) == 1:
-            return self.branches[0].inner
+            return self.inner
         return [Unit(branch.path, (branch,)) for branch in self.branches]
 
 
@@ -145,6 +150,11 @@ def outermost(found: Iterable[Unit], wanted: Callable[[Unit], bool]) -> list[Uni
     for unit in found:
         chosen += [unit] if wanted(unit) else outermost(unit.parts(), wanted)
     return chosen
+
+
+def with_inner(found: Iterable[Unit]) -> list[Unit]:
+    """``found``, each with what lies within behind it."""
+    return [item for unit in found for item in (unit, *with_inner(unit.inner))]
 
 
 def dead_without(unit: Unit) -> set[Node]:

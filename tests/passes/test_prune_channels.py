@@ -220,7 +220,7 @@ def test_scope(attention):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"match": ["qvk"]}, "no module with weights matches 'qvk'; did you mean 'qkv'"),
+        ({"match": ["qvk"]}, "no module with weights matches 'qvk'; the nearest are qkv"),
         ({"match": ["head"]}, r"nothing that matches may be cut: head: is a dimension of the output"),
         ({"match": ["up"], "kinds": ["conv"]}, "of the kinds asked for; there are: ffn"),
     ],

@@ -11,7 +11,7 @@ from torch.nn import functional
 from optpass.analysis.residuals import residuals
 from optpass.evaluate.difference import program_runner
 from optpass.ir.text import operator_name
-from optpass.rewrite.shortcuts import NotCarriedError, shortcut
+from optpass.rewrite.shortcuts import NotCarriedError, shortcut, unmoved
 from optpass.rewrite.splitting import subgraph
 
 
@@ -68,3 +68,20 @@ def test_what_computes_on_the_stream_is_named(capture_body):
     found = {residual.add: residual for residual in residuals(graph).found}
     with pytest.raises(NotCarriedError, match="the stream passes %layer_norm "):
         shortcut(graph, graph.calls[-1].args[0], {graph.placeholders[0]}, found)
+
+
+UNMOVED = {
+    "there and back": (lambda x: unfolded(folded(x)), "x"),
+    "only there": (folded, None),
+    "back from further on": (lambda x: unfolded(folded(x)).flatten(1).unflatten(1, (5, 4)), "x"),
+    "another order": (lambda x: x.transpose(0, 1).reshape(3, 5, 4), None),
+}
+
+
+@pytest.mark.parametrize("name", UNMOVED)
+def test_what_is_moved_back(name, capture_body):
+    body, source = UNMOVED[name]
+    program = capture_body(lambda m, x, y: body(x).sin(), (3, 5, 4))
+    graph = program.entries["full"]
+    last = graph.calls[-1].args[0]
+    assert unmoved(graph, last) is (graph.placeholders[0] if source else last)
