@@ -94,12 +94,12 @@ class _Stretch:
     def _samples(self, node: Node) -> bool:
         while node.target is aten.reshape.default and len(node.users) == 1:
             node = next(iter(node.users))
+        source: Any = node.args[0]
         if node.target is aten.mean.dim:
-            source: Any = node.args[0]
             dims = argument(node, "dim")
             return all(shape_of(source)[dim] == 2 and self._is_named(self.found.of(source)[dim]) for dim in dims)
         if node.target is aten.slice.Tensor and argument(node, "step") == 2:
-            return self._is_named(self.found.of(node.args[0])[argument(node, "dim")])
+            return self._is_named(self.found.of(source)[argument(node, "dim")])
         return False
 
     def _halve(self, node: Node) -> None:
