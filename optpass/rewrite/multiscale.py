@@ -92,15 +92,13 @@ class _Stretch:
         return all(map(self._samples, (user for user in node.users if user in self.inside)))
 
     def _samples(self, node: Node) -> bool:
-        source: Any
         while node.target is aten.reshape.default and len(node.users) == 1:
             node = next(iter(node.users))
+        source: Any = node.args[0]
         if node.target is aten.mean.dim:
-            source = node.args[0]
             dims = argument(node, "dim")
             return all(shape_of(source)[dim] == 2 and self._is_named(self.found.of(source)[dim]) for dim in dims)
         if node.target is aten.slice.Tensor and argument(node, "step") == 2:
-            source = node.args[0]
             return self._is_named(self.found.of(source)[argument(node, "dim")])
         return False
 
