@@ -1,4 +1,4 @@
-"""Quality, time and MACs of moving-digits after structural passes, before any healing: clips made in turn, at equal seeds."""
+"""Quality, time and MACs of moving-digits after structural passes, before healing: clips in turn, at equal seeds."""
 
 from __future__ import annotations
 
