@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -131,11 +132,19 @@ class PruneBlocks(Pass):
         return {path: m for path, m in candidates.items() if gate_of(m[0].unit) not in program.weights}
 
     def _least(self, program: Program, candidates: Places, context: Context) -> Places:
-        """The least important candidates, the earlier of equal ones first; settled, for a replay."""
+        """The least important candidates, the earlier of equal ones first; settled, for a replay.
+
+        Raises:
+            UserError: an importance is no number.
+        """
         number = self._number(len(candidates))
         if not number:
+            if candidates and self.importance != "gates":
+                context.decline("(root)", f"all {len(candidates)} candidates are to stay (keep: {self.keep})")
             return {}
         importances = self._importances(program, candidates)
+        if unranked := next((path for path, value in importances.items() if not isfinite(value)), None):
+            raise UserError(f"the importance of {unranked} is {importances[unranked]}: nothing can be chosen by it")
         going = set(sorted(candidates, key=importances.__getitem__)[:number])
         chosen = {path: members for path, members in candidates.items() if path in going}
         context.settle(remove=list(chosen), keep=None, count=None)

@@ -51,6 +51,8 @@ def capture_methods(folder: Path, calls: Mapping[str, Taken], *, structure_only:
         UserError: the folder holds no model of diffusers, no such method, or one that cannot be captured.
         WeightError: its weights are damaged, or do not fit.
     """
+    if not folder.exists():
+        raise UserError(f"there is no {folder}: a folder of a diffusers model is needed")
     request = Request(folder, structure_only=structure_only, given_dtype=_dtype(calls))
     if config_path(folder) is None or not diffusers_model.recognises(request):
         raise UserError(f"{folder} holds no model of diffusers: a folder with its config.json is needed")

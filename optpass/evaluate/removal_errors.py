@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -50,4 +51,7 @@ def removal_errors(program: Program, gates: Collection[str], calls: Calls) -> di
 def _distance(reference: Outputs, other: Outputs) -> float:
     pairs = [(value.double(), other[name].double()) for name, value in reference.items()]
     error = sum(float((a - b).square().sum()) for a, b in pairs)
-    return float((error / sum(float(a.square().sum()) for a, _ in pairs)) ** 0.5) if error else 0.0
+    norm = sum(float(a.square().sum()) for a, _ in pairs)
+    if not norm:
+        return math.inf if error else 0.0
+    return float((error / norm) ** 0.5)

@@ -105,6 +105,7 @@ def test_a_block_is_all_that_its_module_adds(capture_module):
     assert outputs_difference(expected, program_runner(after, "full")({"x": x})).relative_error <= RTOL
     _, second = pruned(after, keep=1, importance="macs")
     assert not second.modified
+    assert [item.reason for item in second.declined] == ["all 1 candidates are to stay (keep: 1)"]
     replayed, _ = run("prune-blocks", record.record, program)
     assert graph_text(replayed.entries["full"]) == graph_text(after.entries["full"])
 
@@ -186,6 +187,23 @@ def test_errors_are_those_of_each_removal(capture_module):
         without = program_runner(pruned(program, remove=path)[0], "full")
         errors = [(without(c)["output"] - plain(c)["output"]).norm() / plain(c)["output"].norm() for c in calls]
         assert importance == pytest.approx(float(sum(errors)) / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize(("factor", "told"), [(float("inf"), "is nan"), (0.0, "is inf")])
+def test_errors_that_rank_nothing_are_refused(capture_module, factor, told):
+    class Extreme(Blocks):
+        def __init__(self):
+            super().__init__()
+            self.blocks = self.blocks[:1]
+
+        def forward(self, x):
+            y = super().forward(x)
+            # Without bounds; or nothing, and something without the block.
+            return y * factor if factor else (y == x.sin()).float()
+
+    program, _ = capture_module(Extreme, x=torch.randn(3, 2, 4))
+    with pytest.raises(UserError, match=f"the importance of blocks.0.* {told}"):
+        pruned(program, keep=0, calls=1)
 
 
 def test_bad_options_and_patterns(capture_module):

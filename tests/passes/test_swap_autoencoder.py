@@ -135,6 +135,7 @@ def test_refusals(program, folders, tmp_path):
 
     assert "holds a AutoencoderKL, and an AutoencoderTiny is to be put in" in refused(program, kl)
     assert "holds no model of diffusers" in refused(program, tmp_path)
+    assert "there is no " in refused(program, tmp_path / "taesd")
     other = replace(program, origin=replace(program.origin, class_name="UNet2DModel"))
     assert "UNet2DModel is none of AutoencoderKL" in refused(other, tiny)
     own = program.copy()
