@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Node
 
+from optpass.analysis.axes.arrangements import scattered_from
 from optpass.analysis.axes.rules import Walk, dimension, dimensions, number
 from optpass.analysis.axes.structure import (
     Concatenation,
@@ -242,6 +243,19 @@ def slice_(node: Node, sizes: NewSizes) -> Arguments:
         return {}
     start, stop = (sizes.before(structure, border) for border in (piece.start, piece.stop))
     return {"start": start, "end": stop}
+
+
+@size_rule(aten.slice_scatter.default)
+def slice_scatter(node: Node, sizes: NewSizes) -> Arguments:
+    """Start and end of what is replaced."""
+    dim = dimension(node, "dim", len(shape_of(node)))
+    structure, part = (sizes.walk.of(value)[dim] for value in node.args[:2])
+    start = scattered_from(node, structure.size)
+    if start is None or sizes.size(structure) == structure.size:
+        return {}
+    # The part may be as long as before, and lie elsewhere.
+    first = sizes.before(structure, start)
+    return {"start": first, "end": first + sizes.size(part)}
 
 
 @size_rule(aten.narrow.default)

@@ -225,9 +225,22 @@ def slice_scatter(node: Node, walk: Walk) -> Dims:
     elif part[dim].size == dims[dim].size:
         walk.unify(dims[dim], part[dim])
     else:
+        if (start := scattered_from(node, dims[dim].size)) is not None:
+            rest = dims[dim].size - start - part[dim].size
+            walk.unify(walk.algebra.cut(dims[dim], [start, part[dim].size, rest])[1], part[dim])
         walk.fix(dims[dim], "a part of it is replaced")
         walk.fix(part[dim], "replaces a part of another")
     return dims
+
+
+def scattered_from(node: Node, size: Any) -> int | None:
+    """Where, along ``size`` elements, a ``slice_scatter`` of consecutive ones begins; ``None`` where numbers do not
+    say so.
+    """
+    start = argument(node, "start") or 0
+    if argument(node, "step") != 1 or not isinstance(start, int) or (start < 0 and not isinstance(size, int)):
+        return None
+    return max(start + size, 0) if start < 0 else start
 
 
 @axis_rule(aten.outer.default)
