@@ -20,6 +20,7 @@ from clockwork_table import clockwork
 from cutting_table import cutting
 from hoist_table import hoist
 from models_table import FAMILIES, models
+from structure_table import structure
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
@@ -142,6 +143,7 @@ def main(names: Sequence[str]) -> None:
         "clockwork": partial(clockwork, optpass, ROOT),
         "hoist-invariants": hoist,
         "cutting": cutting,
+        "structure": partial(structure, optpass, ROOT),
         "models": partial(models, optpass, table),
     }
     parts = {f"models-{family}": partial(models, optpass, table, (family,)) for family in FAMILIES}
