@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from adapters_table import adapters
 from clockwork_table import clockwork
+from cutting_table import cutting
 from hoist_table import hoist
 from models_table import FAMILIES, models
+from structure_table import structure
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
@@ -140,6 +142,8 @@ def main(names: Sequence[str]) -> None:
         "reparameterize": reparameterized,
         "clockwork": partial(clockwork, optpass, ROOT),
         "hoist-invariants": hoist,
+        "cutting": cutting,
+        "structure": partial(structure, optpass, ROOT),
         "models": partial(models, optpass, table),
     }
     parts = {f"models-{family}": partial(models, optpass, table, (family,)) for family in FAMILIES}

@@ -14,9 +14,11 @@ from optpass.report.animation import Reel, reel
 from optpass.report.calibration_view import CalibrationView, calibration_view
 from optpass.report.charts import Chart
 from optpass.report.clips import Clips
+from optpass.report.ladder_view import RungView, ladder_view
 from optpass.report.loop_view import LoopView, loop_view
 from optpass.report.pass_views import COSTS, PassView, Verdict, changes, pass_views, verdict
 from optpass.report.reading import amount, figure, mappings, plain, section, text
+from optpass.report.scatter import Plot, plots
 from optpass.report.structure_view import structure_charts
 from optpass.report.summary import Tile, lede, tiles
 
@@ -81,6 +83,8 @@ class Page:
     cost_labels: Pairs
     entries: tuple[tuple[str, Mapping[str, units.Change]], ...]
     charts: tuple[Chart, ...]
+    plots: tuple[Plot, ...]
+    ladder: tuple[RungView, ...]
     loop: LoopView | None
     calibration: CalibrationView | None
     latency_chart: Chart | None
@@ -122,6 +126,8 @@ def page_of(report: Mapping[str, Any], clips: Clips | None) -> Page:
         cost_labels=tuple((key, label) for key, label, _ in COSTS),
         entries=_entries(report),
         charts=(*_charts(passes, totals), *structure_charts(report)),
+        plots=plots(report),
+        ladder=ladder_view(report),
         loop=loop_view(report),
         calibration=calibration_view(report),
         latency_chart=_latency_chart(section(report, "latency")),

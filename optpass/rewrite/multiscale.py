@@ -88,8 +88,19 @@ class _Stretch:
         return node not in self.inside and not self.inside.isdisjoint(node.users)
 
     def _is_sampled(self, node: Node) -> bool:
-        """Whether every reader of ``node`` takes every second element, or the mean of two."""
-        return all(map(_samples, (user for user in node.users if user in self.inside)))
+        """Whether every reader of ``node`` takes every second element along one of the axes, or the mean of two."""
+        return all(map(self._samples, (user for user in node.users if user in self.inside)))
+
+    def _samples(self, node: Node) -> bool:
+        while node.target is aten.reshape.default and len(node.users) == 1:
+            node = next(iter(node.users))
+        source: Any = node.args[0]
+        if node.target is aten.mean.dim:
+            dims = argument(node, "dim")
+            return all(shape_of(source)[dim] == 2 and self._is_named(self.found.of(source)[dim]) for dim in dims)
+        if node.target is aten.slice.Tensor and argument(node, "step") == 2:
+            return self._is_named(self.found.of(source)[argument(node, "dim")])
+        return False
 
     def _halve(self, node: Node) -> None:
         """Let the axes of ``node`` have half their size from now on."""
@@ -173,15 +184,6 @@ class _Stretch:
 
     def _shaped(self, node: Node, shape: list[Any], like: Node) -> Node:
         return node if list(shape_of(node)) == shape else self.graph.call(aten.reshape.default, node, shape, like=like)
-
-
-def _samples(node: Node) -> bool:
-    while node.target is aten.reshape.default and len(node.users) == 1:
-        node = next(iter(node.users))
-    if node.target is aten.mean.dim:
-        source: Any = node.args[0]
-        return {shape_of(source)[dim] for dim in argument(node, "dim")} == {2}
-    return node.target is aten.slice.Tensor and argument(node, "step") == 2
 
 
 def _half(size: int) -> int:
