@@ -7,7 +7,7 @@ CHECKPOINT := tests/checkpoints/moving-digits
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format results bench bench-lora bench-caching wheel clean
+.PHONY: help install demo test test-all lint format results bench bench-lora bench-caching bench-pruning wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,10 @@ bench-lora: $(STAMP)  ## merge-lora beside peft on SD 1.5; writes docs/results/m
 bench-caching: $(STAMP)  ## cache-features beside DeepCache on moving-digits; writes docs/results/caching.md
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[peers]'
 	$(BIN)/python tests/benchmarks/caching.py --out docs/results/caching.md
+
+bench-pruning: $(STAMP)  ## prune-channels beside Torch-Pruning, quality of moving-digits; writes docs/results/pruning.md
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[peers]'
+	$(BIN)/python tests/benchmarks/pruning.py --out docs/results/pruning.md
 
 format: $(STAMP)  ## Format in place
 	$(BIN)/ruff check --fix .

@@ -8,12 +8,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from optpass.analysis.places import Forest, Places, forest, places, refusal
+from optpass.analysis.places import Forest, Place, Places, forest, places
 from optpass.analysis.units import ATTENTION, Unit, with_inner
 from optpass.ir.program import Program
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context, Pass
-from optpass.rewrite.unit_removal import without_units
+from optpass.rewrite.unit_removal import removable, report, without_units
 
 STEP = 2
 """Positions of one level over those of the next, at least: text tokens beside image tokens are no level."""
@@ -27,7 +27,7 @@ class DropAttentionLevel(Pass):
     the 64×64 of `down_blocks.0` and `up_blocks.3`, 5 transformers, 859.5 M → 846.8 M parameters. The highest resolution
     counts whether it has attention or not, so a second run finds nothing more.
 
-    Leaves alone, with the reason: models that attend at one resolution only (DiT), where nothing would be left;
+    Leaves alone, with the reason: levels where every residual branch attends (DiT, Swin), for nothing would be left;
     transformers over frames alone (prune-blocks has kind temporal); units that a cache keeps for later steps. The
     difference is measured and reported; a model wants a fine-tuning afterwards.
 
@@ -44,33 +44,32 @@ class DropAttentionLevel(Pass):
     def run(self, program: Program, context: Context) -> Program:
         found = forest(program)
         tops = _tops(found)
-        if len(tops) < 2:
-            context.decline("(root)", "all residual branches work at one resolution: there are no levels")
-            return program
         chosen: Places = {}
         for level in self.levels:
             if level >= len(tops):
                 context.decline("(root)", f"there is no level {level}: the levels are 0 to {len(tops) - 1}")
                 continue
-            transformers = places(found, partial(_is_transformer, tops=tops, level=level))
+            branches = places(found, partial(_is_at, tops=tops, level=level))
+            transformers = {path: members for path, members in branches.items() if _attends(members)}
             if not transformers:
                 context.decline("(root)", f"nothing attends at level {level} ({tops[level]} positions)")
-            chosen |= transformers
-        return without_units(program, self._allowed(program, chosen, context))
+            elif len(transformers) == len(branches):
+                reason = f"every residual branch at level {level} ({tops[level]} positions) attends: none would be left"
+                context.decline("(root)", reason)
+            else:
+                chosen |= transformers
+        chosen = removable(program, self._spatial(chosen, context), context)
+        report(chosen, context)
+        return without_units(program, chosen)
 
-    def _allowed(self, program: Program, chosen: Places, context: Context) -> Places:
-        allowed: Places = {}
+    def _spatial(self, chosen: Places, context: Context) -> Places:
+        found: Places = {}
         for path, members in chosen.items():
-            if refused := refusal(program, members):
-                context.decline(path, refused.reason, refused.entry)
-                continue
             if all(place.unit.mixes == {"temporal"} for place in members):
                 context.decline(path, "it attends over frames alone: prune-blocks has kind temporal", members[0].entry)
-                continue
-            allowed[path] = members
-            for entry in dict.fromkeys(place.entry for place in members):
-                context.rewrote(path, entry)
-        return allowed
+            else:
+                found[path] = members
+        return found
 
 
 def _tops(found: Forest) -> list[int]:
@@ -83,11 +82,11 @@ def _tops(found: Forest) -> list[int]:
     return tops
 
 
-def _is_transformer(unit: Unit, tops: Sequence[int], level: int) -> bool:
-    """Whether ``unit`` attends, and works at ``level`` with all that lies inside."""
-    return not unit.kinds.isdisjoint(ATTENTION) and _is_at(unit, tops, level)
+def _attends(members: Sequence[Place]) -> bool:
+    return any(not place.unit.kinds.isdisjoint(ATTENTION) for place in members)
 
 
 def _is_at(unit: Unit, tops: Sequence[int], level: int) -> bool:
+    """Whether ``unit`` works at ``level``, with all that lies inside of it."""
     at = max(index for index, top in enumerate(tops) if top >= min(unit.positions, tops[0]))
     return at == level and all(_is_at(inner, tops, level) for inner in unit.inner)

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from optpass.analysis.places import Place, Places, forest, named_places, refusal
+from optpass.analysis.places import Place, Places, forest, named_places
 from optpass.analysis.units import Unit, UnitKind
 from optpass.errors import UserError
 from optpass.evaluate.generation import pipeline_folder
@@ -16,7 +16,7 @@ from optpass.evaluate.removal_errors import removal_errors
 from optpass.ir.program import Program
 from optpass.pipeline.contract import Contract, approximate, exact
 from optpass.pipeline.passes import Context, Pass
-from optpass.rewrite.unit_removal import drop_gates, gate_of, with_gates, without_units
+from optpass.rewrite.unit_removal import drop_gates, gate_of, removable, report, with_gates, without_units
 from optpass.runtime.folder import build_pipeline
 from optpass.runtime.sampling import LABELS, Asked
 
@@ -95,14 +95,16 @@ class PruneBlocks(Pass):
         return not self.gated and not self.remove and self.importance != "macs"
 
     def run(self, program: Program, context: Context) -> Program:
-        candidates = self._allowed(program, self._places(program, self.match, self.remove), context)
+        candidates = self._candidates(program, context)
         if self.gated:
-            return with_gates(program, _told(candidates, context))
-        chosen = _told(candidates if self.remove else self._least(program, candidates, context), context)
+            report(candidates, context)
+            return with_gates(program, candidates)
+        chosen = candidates if self.remove else self._least(program, candidates, context)
+        changed = self._places(program, self.match) if self.importance == "gates" else chosen
+        report(changed, context)
         if self.importance == "gates":
-            gates = [gate_of(members[0].unit) for members in self._places(program, self.match).values()]
             for graph in program.entries.values():
-                drop_gates(graph, gates)
+                drop_gates(graph, [gate_of(members[0].unit) for members in changed.values()])
         return without_units(program, chosen)
 
     def _places(self, program: Program, *lists: Sequence[str]) -> Places:
@@ -113,21 +115,20 @@ class PruneBlocks(Pass):
 
         return named_places(forest(program), self.kind, *lists, among=is_gated)
 
-    def _allowed(self, program: Program, candidates: Places, context: Context) -> Places:
-        """Those that the pass may touch; the others are declined."""
-        allowed: Places = {}
-        for path, members in candidates.items():
-            if refused := refusal(program, members):
-                context.decline(path, refused.reason, refused.entry)
-            elif self.gated and gate_of(members[0].unit) in program.weights:
-                context.decline(path, "it has a gate already", members[0].entry)
-            else:
-                allowed[path] = members
-        if not candidates:
+    def _candidates(self, program: Program, context: Context) -> Places:
+        """What may go, or of `remove` what is to go; the rest is declined."""
+        named = self._places(program, self.match, self.remove)
+        if not named:
             kind = f" of kind {self.kind}" if self.kind else ""
             gate = " with a gate (insert them with gated: true)" if self.importance == "gates" else ""
             context.decline("(root)", f"there is no residual branch{kind}{gate}", next(iter(program.entries)))
-        return allowed
+        candidates = removable(program, named, context)
+        if not self.gated:
+            return candidates
+        for path, members in candidates.items():
+            if gate_of(members[0].unit) in program.weights:
+                context.decline(path, "it has a gate already", members[0].entry)
+        return {path: m for path, m in candidates.items() if gate_of(m[0].unit) not in program.weights}
 
     def _least(self, program: Program, candidates: Places, context: Context) -> Places:
         """The least important candidates, the earlier of equal ones first; settled, for a replay."""
@@ -177,14 +178,6 @@ class PruneBlocks(Pass):
         pipeline = build_pipeline(pipeline_folder(program), {})
         asked = Asked(self.prompt, self.labels, None, self.steps, self.guidance, self.call)
         return sampled_calls(program, pipeline, asked, self.calls, samples=self.samples, seed=self.seed)
-
-
-def _told(chosen: Places, context: Context) -> Places:
-    """``chosen``, each reported once for every entry that has it."""
-    for path, members in chosen.items():
-        for entry in dict.fromkeys(place.entry for place in members):
-            context.rewrote(path, entry)
-    return chosen
 
 
 def _macs(members: Iterable[Place]) -> int:

@@ -14,12 +14,12 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from optpass.analysis.axes import Axes, Group, axes_of
-from optpass.analysis.axes.steps import norm_groups
+from optpass.analysis.axes.steps import norm_groups, removable
 from optpass.analysis.axes.structure import Kept, Structure, atoms, kept_indices
 from optpass.evaluate.difference import outputs_difference
 from optpass.evaluate.trials import random_inputs
-from optpass.ir.dialect import verify, verify_shapes
-from optpass.ir.graph import Graph
+from optpass.ir.dialect import verify
+from optpass.ir.graph import Graph, example_shape
 from optpass.ir.program import Program
 from optpass.ir.sizes import sizes_of
 from optpass.rewrite.cutting import cut
@@ -28,12 +28,12 @@ Choice = Mapping[int, tuple[int, ...]]
 """Which indices stay of the groups of a Program, by their number: atoms are others in every analysis."""
 
 
-def halved(group: Group, multiple: int = 1) -> tuple[int, ...]:
-    """About every second index, a whole ``multiple`` of them, not the first ones."""
+def halved(group: Group, step: int = 1) -> tuple[int, ...]:
+    """Without about half of the indices, a whole multiple of ``step`` of them, not the last ones."""
     size = group.size
-    count = max(multiple, size // 2 // multiple * multiple)
+    gone = removable(size, max(step, size / 2), step)
     generator = torch.Generator().manual_seed(size)
-    return tuple(sorted(torch.randperm(size, generator=generator)[:count].tolist()))
+    return tuple(sorted(torch.randperm(size, generator=generator)[: size - gone].tolist()))
 
 
 def choices(found: Axes) -> dict[int, tuple[int, ...]]:
@@ -46,7 +46,7 @@ def choices(found: Axes) -> dict[int, tuple[int, ...]]:
 def cut_errors(program: Program, wanted: Sequence[Choice], seed: int = 1) -> list[float]:
     """For each choice, the worst relative error of the cut Program against the zeroed one; both in float64.
 
-    The cut Program is verified besides.
+    The cut Program is verified besides, and every value has the shape that its graph says.
     """
     found = axes_of(program)
     examples = {name: random_inputs(graph.inputs_at(), program.ranges, seed) for name, graph in program.entries.items()}
@@ -57,7 +57,6 @@ def _cut_error(program: Program, found: Axes, choice: Choice, examples: Mapping[
     kept = {found.groups[i].atom: indices for i, indices in choice.items()}
     after = cut_program(program, choice)
     verify(after)
-    verify_shapes(after)
     errors = [0.0]
     for name, inputs in examples.items():
         graph = program.entries[name]
@@ -139,6 +138,7 @@ class _Run:
     def masked(self, node: Node, value: object) -> object:
         if not isinstance(value, Tensor):
             return value
+        assert tuple(value.shape) == example_shape(node), node.format_node()
         for dim, structure in enumerate(self.found.of(node)):
             if _is_cut(structure, self.kept):
                 removed = torch.ones(structure.size, dtype=torch.bool)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from adapters_table import adapters
 from clockwork_table import clockwork
+from cutting_table import cutting
 from hoist_table import hoist
 from models_table import FAMILIES, models
 from structure_table import structure
@@ -141,6 +142,7 @@ def main(names: Sequence[str]) -> None:
         "reparameterize": reparameterized,
         "clockwork": partial(clockwork, optpass, ROOT),
         "hoist-invariants": hoist,
+        "cutting": cutting,
         "structure": partial(structure, optpass, ROOT),
         "models": partial(models, optpass, table),
     }

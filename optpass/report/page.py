@@ -18,6 +18,7 @@ from optpass.report.ladder_view import RungView, ladder_view
 from optpass.report.loop_view import LoopView, loop_view
 from optpass.report.pass_views import COSTS, PassView, Verdict, changes, pass_views, verdict
 from optpass.report.reading import amount, figure, mappings, plain, section, text
+from optpass.report.scatter import Plot, plots
 from optpass.report.structure_view import structure_charts
 from optpass.report.summary import Tile, lede, tiles
 
@@ -82,6 +83,7 @@ class Page:
     cost_labels: Pairs
     entries: tuple[tuple[str, Mapping[str, units.Change]], ...]
     charts: tuple[Chart, ...]
+    plots: tuple[Plot, ...]
     ladder: tuple[RungView, ...]
     loop: LoopView | None
     calibration: CalibrationView | None
@@ -124,6 +126,7 @@ def page_of(report: Mapping[str, Any], clips: Clips | None) -> Page:
         cost_labels=tuple((key, label) for key, label, _ in COSTS),
         entries=_entries(report),
         charts=(*_charts(passes, totals), *structure_charts(report)),
+        plots=plots(report),
         ladder=ladder_view(report),
         loop=loop_view(report),
         calibration=calibration_view(report),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
     from optpass.report.clips import Clips
+    from optpass.report.scatter import Plot
 
 _YAML_KEY = re.compile(r"^(\s*(?:- )*)([^\s:'\"#][^:]*)(:)(?=\s|$)(.*)$")
 
@@ -27,7 +28,14 @@ def render_report(report: Mapping[str, Any], *, clips: Clips | None = None) -> s
     forbids scripts and loading, works from a file, follows the reader's colour scheme and asks for no network.
     """
     page = page_of(report, clips)
-    return _environment().get_template("page.jinja").render(page=page, css=Markup(_own_text("report.css")))
+    css = Markup(_own_text("report.css") + _own_text("scatter.css"))
+    return _environment().get_template("page.jinja").render(page=page, css=css)
+
+
+def render_plot(plot: Plot) -> str:
+    """One plot as an SVG file of its own."""
+    css = Markup(_own_text("scatter.css"))
+    return _environment().get_template("plot.jinja").render(plot=plot, css=css)
 
 
 @lru_cache(maxsize=1)

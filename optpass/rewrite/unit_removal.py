@@ -9,11 +9,12 @@ from torch.fx import Node
 
 from optpass.analysis.carriers import REARRANGEMENTS
 from optpass.analysis.operators import aten
-from optpass.analysis.places import Place, Places
+from optpass.analysis.places import Place, Places, refusal
 from optpass.analysis.units import Branch, Unit
 from optpass.ir.graph import Graph, value_of
 from optpass.ir.program import Program
 from optpass.ir.weights import Constant, Expression
+from optpass.pipeline.passes import Context
 from optpass.rewrite.rules import replace
 from optpass.rewrite.shortcuts import unmoved
 from optpass.rewrite.unread_states import without_unread_states
@@ -21,6 +22,24 @@ from optpass.rewrite.unread_states import without_unread_states
 GATE = "prune_gate"
 """The last part of the names of gates, f32 [1]."""
 OPEN = Constant(torch.ones(1))
+
+
+def removable(program: Program, candidates: Places, context: Context) -> Places:
+    """Those of the ``candidates`` that can be removed; the others are declined."""
+    found: Places = {}
+    for path, members in candidates.items():
+        if refused := refusal(program, members):
+            context.decline(path, refused.reason, refused.entry)
+        else:
+            found[path] = members
+    return found
+
+
+def report(chosen: Places, context: Context) -> None:
+    """Tell ``context`` of every unit that was changed, once for each entry that has it."""
+    for path, members in chosen.items():
+        for entry in dict.fromkeys(place.entry for place in members):
+            context.rewrote(path, entry)
 
 
 def without_units(program: Program, chosen: Places) -> Program:
@@ -125,5 +144,13 @@ def drop_gates(graph: Graph, names: Iterable[str]) -> None:
         casts = [user for user in node.users if user.target is aten.to.dtype]
         for z in (node, *casts):
             for product in [user for user in z.users if user.target is aten.mul.Tensor]:
-                left, right = product.args
-                replace(product, right if left is z else left)
+                replace(product, _ungated(graph, product, z))
+
+
+def _ungated(graph: Graph, product: Node, z: Node) -> Node:
+    left, right = product.args
+    factor = right if left is z else left
+    if isinstance(factor, Node):
+        return factor
+    with graph.before(product):
+        return graph.call(aten.full.default, [1], factor, like=product, dtype=value_of(product).dtype)

@@ -38,16 +38,19 @@ class Attention(nn.Module):
 
 
 class Net(nn.Module):
-    """A level with attention, a smaller one with it, and up again."""
+    """Two levels with attention and a residual convolution each, the lower within a branch of the higher."""
 
     def __init__(self):
         super().__init__()
+        self.wide, self.conv = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
         self.high, self.low = Attention(), Attention()
         self.down, self.up = nn.Conv2d(4, 4, 2, stride=2), nn.Conv2d(4, 4, 1)
 
     def forward(self, x):
         x = self.high(x)
+        x = x + self.wide(x)
         y = self.low(self.down(x))
+        y = y + self.conv(y)
         return x + self.up(nn.functional.interpolate(y, scale_factor=2.0))
 
 
@@ -55,8 +58,12 @@ def test_golden(capture_module):
     program, _ = capture_module(Net, x=torch.randn(2, 4, 6, 8))
     after, record = dropped(program)
     lines = graph_text(after.entries["full"]).splitlines()
-    assert lines[1] == ("  %conv2d = conv2d(%x, @down.weight, @down.bias, [2, 2]) : f32[2, 4, 3, 4]  ; down")
-    assert lines[-2].startswith("  %add_2 = add.Tensor(%x, %conv2d_1)")
+    assert lines[1:4] == [
+        "  %conv2d = conv2d(%x, @wide.weight, @wide.bias) : f32[2, 4, 6, 8]  ; wide",
+        "  %add_1 = add.Tensor(%x, %conv2d) : f32[2, 4, 6, 8]  ; (root)",
+        "  %conv2d_1 = conv2d(%add_1, @down.weight, @down.bias, [2, 2]) : f32[2, 4, 3, 4]  ; down",
+    ]
+    assert lines[4].endswith(": f32[2, 4, 12]  ; low")
     assert record.sites == ("high",)
     assert not any("high" in name for name in after.weights)
     _, second = dropped(after)
@@ -76,12 +83,12 @@ def test_levels_by_number(capture_module):
     assert outputs_difference(expected, program_runner(after, "full")({"x": x})).relative_error <= RTOL
 
 
-def test_one_resolution_has_no_levels(tmp_path):
+def test_a_level_of_attention_alone_stays(tmp_path):
     program, _ = sampled("DiT-XL/2", tmp_path)
     _, record = dropped(program)
     assert not record.modified
     assert [item.reason for item in record.declined] == [
-        "all residual branches work at one resolution: there are no levels"
+        "every residual branch at level 0 (48 positions) attends: none would be left"
     ]
 
 

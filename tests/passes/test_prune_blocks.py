@@ -147,6 +147,29 @@ def test_learned_gates_choose_and_go(capture_module):
     ]
 
 
+class FixedBlend(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return 0.25 * x + 0.75 * self.inner(x)
+
+
+def test_gates_of_what_stays_go(capture_module):
+    """A run that removes nothing leaves the function that the model had before there were gates."""
+    program, _ = capture_module(FixedBlend, x=torch.randn(3, 4))
+    gated, _ = pruned(program, gated=True)
+    assert program_difference(program, gated).relative_error <= 1e-6
+    trained = gated.with_weights({"inner.prune_gate": Constant(torch.tensor([0.3]))})
+    after, record = pruned(trained, importance="gates", keep=1)
+    assert record.sites == ("inner",)
+    assert "inner.prune_gate" not in after.weights
+    assert program_difference(program, after).relative_error <= 1e-6
+    removed, _ = pruned(after, remove="inner")
+    assert not removed.entries["full"].calls
+
+
 def test_errors_are_those_of_each_removal(capture_module):
     program, _ = capture_module(Blocks, x=torch.randn(3, 2, 4))
     # A branch that adds next to nothing is the least important.
@@ -191,6 +214,11 @@ class Scaled(nn.Module):
         return a * x + b * self.inner(x)
 
 
+class Added(nn.Linear):
+    def forward(self, x):
+        return torch.add(x, super().forward(x), alpha=2)
+
+
 def test_factors_that_may_not_sum_to_one_are_declined(capture_module):
     program, _ = capture_module(Scaled, x=torch.randn(3, 4), a=torch.randn(1), b=torch.randn(1))
     _, record = pruned(program, remove="inner")
@@ -198,6 +226,9 @@ def test_factors_that_may_not_sum_to_one_are_declined(capture_module):
     [declined] = record.declined
     assert declined.path == "inner"
     assert "nothing tells that the factors sum to one" in declined.reason
+    program, _ = capture_module(lambda: Added(4, 4), x=torch.randn(3, 4))
+    _, record = pruned(program, remove="*")
+    assert [item.reason for item in record.declined] == ["the addition scales its second operand (alpha)"]
 
 
 class Switched(nn.Module):
@@ -336,6 +367,12 @@ def test_a_block_goes_from_every_entry(tmp_path):
     assert any(site.startswith("reuse:") for site in record.sites)
     assert set(after.weights) == set(expected.weights)
     assert program_difference(expected, after).relative_error <= RTOL
+    # Importances of a loop are those of its computed steps.
+    options = {"match": ["mid_block", "up_blocks.1.attentions"], "count": 1, "calls": 1}
+    importances = [pruned(each, **options)[1].facts["blocks"] for each in (program, cached)]
+    for plain, looped in zip(*importances, strict=True):
+        assert plain["path"] == looped["path"]
+        assert plain["importance"] == pytest.approx(looped["importance"], rel=1e-4)
 
 
 def test_states_of_a_removed_block_go(tmp_path):

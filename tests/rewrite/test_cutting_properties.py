@@ -1,12 +1,13 @@
 """Random graphs: any choice of indices of any groups at once is zeroing, to rounding of float64.
 
-A model is drawn as a list of steps on feature maps [2, channels, 4, 6], each on one that was made before. Weights are
-random; what a step cannot do with the channels it meets, it leaves.
+A model is drawn as a list of steps on feature maps [2, channels, 4, 6], each on one that was made before. A step that
+cannot be done with the channels that it meets is left out.
 """
 
 from __future__ import annotations
 
 from math import gcd
+from random import Random
 
 import pytest
 import torch
@@ -17,20 +18,20 @@ from torch import nn
 from torch.nn import functional
 
 from optpass.analysis.axes import axes_of
-from optpass.analysis.axes.steps import norm_groups
+from optpass.analysis.axes.steps import norm_groups, removable
 from optpass.testing import capture_module
 
 SHAPE = (2, 3, 4, 6)
-WIDTHS = st.sampled_from([4, 8, 6])
+SEEDS = st.integers(0, 2**32 - 1)
 STEPS = (
-    "conv", "conv", "linear", "depthwise", "grouped", "transposed", "group norm", "batch norm", "layer norm", "relu",
+    "conv", "conv", "linear", "depthwise", "grouped", "transposed", "group norm", "batch norm", "layer norm",
     "concatenate", "split", "gate", "add", "multiply", "pool", "mean", "attention", "shuffle", "flatten", "repeat",
     "select", "excite", "twice",
 )  # fmt: skip
 
 
 class Drawn(nn.Module):
-    """Steps (kind, how many values back, width, a number) in order, and at the end one convolution over all that is left."""
+    """Steps (kind, how many values back, width, a number), and at the end one convolution over all that they made."""
 
     def __init__(self, steps):
         super().__init__()
@@ -99,7 +100,6 @@ def _step(kind, layer, x, y, divisor):
         return joined.mT.unflatten(2, x.shape[2:])
 
     return {
-        "relu": lambda: x.relu(),
         "linear": lambda: last(layer),
         "layer norm": lambda: last(layer),
         "concatenate": lambda: torch.cat([x, y], 1),
@@ -121,22 +121,26 @@ def _step(kind, layer, x, y, divisor):
     }.get(kind, lambda: layer(x))()
 
 
-MODELS = st.lists(
-    st.tuples(st.sampled_from(STEPS), st.integers(0, 9), WIDTHS, st.integers(1, 8)), min_size=3, max_size=9
-)
+def drawn(random):
+    """Ten steps of as many kinds: Hypothesis, left to itself, would rather repeat the first ones."""
+    return [
+        (kind, random.choice((0, 0, 0, 1, 2, 4)), random.choice((4, 8, 6)), random.choice((2, 4, 3, 1)))
+        for kind in random.sample(STEPS, 10)
+    ]
 
 
-def check(steps, random):
+def check(seed):
+    random = Random(seed)
+    steps = drawn(random)
     program, _ = capture_module(lambda: Drawn(steps), x=torch.randn(SHAPE))
     found = axes_of(program)
     check_sizes(program, found)
     norms = norm_groups(found)
     choice = {}
     for index, group in enumerate(found.groups):
-        step = norms.get(group.atom, 1)
-        count = random.randint(1, max(1, group.size // step)) * step
-        if count < group.size:
-            choice[index] = tuple(sorted(random.sample(range(group.size), count)))
+        gone = removable(group.size, random.randint(1, group.size), norms.get(group.atom, 1))
+        if gone:
+            choice[index] = tuple(sorted(random.sample(range(group.size), group.size - gone)))
     some = {index: kept for index, kept in choice.items() if random.random() < 0.5}
     assert max([0.0, *cut_errors(program, [choice, some])]) <= 1e-9
 
@@ -145,13 +149,13 @@ DRAWN = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "der
 
 
 @settings(max_examples=20, **DRAWN)
-@given(MODELS, st.randoms(use_true_random=False))
-def test_any_choice_is_zeroing(steps, random):
-    check(steps, random)
+@given(SEEDS)
+def test_any_choice_is_zeroing(seed):
+    check(seed)
 
 
 @pytest.mark.slow
 @settings(max_examples=400, **DRAWN)
-@given(MODELS, st.randoms(use_true_random=False))
-def test_any_choice_is_zeroing_in_many_graphs(steps, random):
-    check(steps, random)
+@given(SEEDS)
+def test_any_choice_is_zeroing_in_many_graphs(seed):
+    check(seed)
