@@ -272,7 +272,7 @@ def test_patterns(capture_module):
     program, _ = capture_module(Attention, **tokens())
     _, record = funnelled(program, match=("v",))
     assert record.sites == ("v",)
-    with pytest.raises(UserError, match="matches no layer of attention-qk, attention-vo; known: k, q, v"):
+    with pytest.raises(UserError, match="matches no layer of attention-qk, attention-vo; the nearest are k, q, v"):
         funnelled(program, match=("oat",))
     with pytest.raises(UserError, match="ratio"):
         FunnelChannels.from_options({"ratio": 0}, owner="funnel-channels")
