@@ -43,6 +43,13 @@ class Mixing(nn.Module):
         return self.leave(x + deep)
 
 
+class Joined(Mixing):
+    """An image before the frames of a clip."""
+
+    def forward(self, sample, image):
+        return super().forward(torch.cat([image, sample], 1))
+
+
 class Out(nn.Module):
     def __init__(self):
         super().__init__()
@@ -203,6 +210,8 @@ def test_refusals(tiny_svd, capture_module):
     assert not run_pass(averaged, step(axis="pixels"))[1].modified
     folded, _ = run_pass(program, Step("simplify", Simplify()))
     assert "the weight down_blocks.0.resnets.0.time_mixer" in refusal(folded, down="first")
+    joined, _ = capture_module(Joined, sample=torch.zeros(2, 3, 3, 5, 6), image=torch.zeros(2, 1, 3, 5, 6))
+    assert "the axis is put together of" in refusal(joined, after="enter", before="leave")
     layers = lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))  # noqa: E731
     image, _ = capture_module(layers, input=torch.zeros(1, 3, 4, 4))
     assert "nothing that enters has an axis of frames" in refusal(image, after="0", before="2")
