@@ -56,7 +56,8 @@ class Outcome:
     """One model at one ratio.
 
     MACs are shares of the original's; errors relative L2 of the output. ``ours`` was given the peer's share as its
-    budget, or the same ratio where that leaves no more; ``even`` is ours at the same ratio. ``latency`` has the peer first.
+    budget, or the same ratio where that leaves no more; ``even`` is ours at the same ratio. ``latency`` has the peer
+    first.
     """
 
     model: str
