@@ -60,6 +60,18 @@ def test_reasons_say_what_and_where(name):
     assert f"{found.fixed[0].atom.size} {found.fixed[0].path}: {found.fixed[0].reason}" == reason
 
 
+def test_a_mask_of_two_dimensions_gives_one():
+    def body(m, x):
+        y = m.enter(x)
+        return m.leave(y[:, torch.eye(5, 8) == 0])
+
+    program = net(body, TOKENS, enter=linear(6, 8), leave=linear(35, 6))
+    found = axes_of(program)
+    check_sizes(program, found)
+    assert found.groups == ()
+    assert {item.reason for item in found.fixed if item.atom.size == 8} == {"is looked up in by a mask ((root))"}
+
+
 class Inner(nn.Module):
     def forward(self, x):
         return x.softmax(-1)
