@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch.fx import Node
 
-from optpass.analysis.blends import Blend, blend_of, scaled
+from optpass.analysis.blends import Blend, are_related, blend_of, scaled
 from optpass.analysis.layouts import layouts
 from optpass.analysis.mac_rules import macs_of
 from optpass.analysis.mixing import Mixing, mixed_axes
@@ -130,7 +130,7 @@ def units(graph: Graph, weights: Mapping[str, Expression]) -> tuple[Unit, ...]:
     branches: dict[Residual, Branch] = {}
     for residual in found:
         blend, inner = blend_of(residual, weights), _grouped(residual.inner, branches)
-        branches[residual] = Branch(residual, blend, mixed_axes(residual, places), inner, _refusal(residual, blend))
+        branches[residual] = Branch(residual, blend, mixed_axes(residual, places), inner, _refusal(residual, blend, weights))
     within = {each for residual in found for each in residual.inner}
     return _grouped((residual for residual in found if residual not in within), branches)
 
@@ -172,12 +172,13 @@ def dead_without(unit: Unit) -> set[Node]:
     return gone
 
 
-def _refusal(residual: Residual, blend: Blend | None) -> str:
+def _refusal(residual: Residual, blend: Blend | None, weights: Mapping[str, Expression]) -> str:
     if argument(residual.add, "alpha") != 1:
         return "the addition scales its second operand (alpha)"
-    if blend is None and (product := scaled(residual.carrier)) and scaled(residual.branch):
-        factor = product[1]
-        if isinstance(factor, Node) and factor.op != "get_attr":
+    stream, branch = scaled(residual.carrier), scaled(residual.branch)
+    if blend is None and stream and branch:
+        computed = isinstance(stream[1], Node) and stream[1].op != "get_attr"
+        if computed or are_related(stream[1], branch[1], weights):
             return "stream and branch are both scaled, and nothing tells that the factors sum to one"
     return ""
 

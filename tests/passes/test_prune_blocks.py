@@ -18,6 +18,7 @@ from optpass.ir.text import graph_text, operator_name
 from optpass.ir.weights import Constant
 from optpass.passes.cache_blocks import CacheBlocks
 from optpass.passes.cache_features import CacheFeatures
+from optpass.passes.cast import CastFloats
 from optpass.passes.hoist_invariants import HoistInvariants
 from optpass.passes.multiscale_time import MultiscaleTime
 from optpass.passes.prune_blocks import PruneBlocks
@@ -314,6 +315,34 @@ def test_blends_are_seen_through_simplified_factors(tiny_svd):
     second, record = pruned(simple, kind="temporal", keep=0, importance="macs")
     assert len(record.sites) == 12
     assert program_difference(first, second).relative_error <= RTOL
+
+
+class Negated(nn.Module):
+    """A blend that no rule reads: 1 − a as −a + 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.mix = nn.Linear(4, 4), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        alpha = torch.sigmoid(self.mix)
+        return alpha * x + (-alpha + 1.0) * self.inner(x)
+
+
+def folded_and_cast(program):
+    for name, record in (("simplify", Simplify()), ("cast", CastFloats(dtype="bfloat16"))):
+        program, _ = run(name, record, program)
+    return program
+
+
+def test_folded_factors_that_were_cast_are_still_a_blend(capture_module):
+    program, _ = capture_module(Blocks, x=torch.randn(3, 2, 4))
+    after, _ = pruned(folded_and_cast(program), remove="*")
+    assert program_difference(folded_and_cast(pruned(program, remove="*")[0]), after).relative_error <= RTOL
+    program, _ = capture_module(Negated, x=torch.randn(3, 4))
+    _, record = pruned(folded_and_cast(program), remove="*")
+    assert not record.modified
+    assert "nothing tells that the factors sum to one" in record.declined[0].reason
 
 
 UNITS = {

@@ -13,6 +13,7 @@ from optpass.analysis.axes.structure import (
     UNIT,
     Concatenation,
     Structure,
+    concatenation,
     is_unit,
     product,
     quotient,
@@ -111,7 +112,7 @@ def _joined(node: Node, walk: Walk, dim: int) -> Dims:
     found = [walk.of(part) for part in parts if shape_of(part) != (0,) or len(walk.shape(node)) == 1]
     others = [walk.replaced(dims, {dim: UNIT}) for dims in found]
     shared = walk.unified(*others)
-    return walk.replaced(shared, {dim: Concatenation(tuple(dims[dim] for dims in found))})
+    return walk.replaced(shared, {dim: concatenation([dims[dim] for dims in found])})
 
 
 @axis_rule(aten.stack.default)
