@@ -130,7 +130,8 @@ def units(graph: Graph, weights: Mapping[str, Expression]) -> tuple[Unit, ...]:
     branches: dict[Residual, Branch] = {}
     for residual in found:
         blend, inner = blend_of(residual, weights), _grouped(residual.inner, branches)
-        branches[residual] = Branch(residual, blend, mixed_axes(residual, places), inner, _refusal(residual, blend, weights))
+        refused = _refusal(residual, blend, weights)
+        branches[residual] = Branch(residual, blend, mixed_axes(residual, places), inner, refused)
     within = {each for residual in found for each in residual.inner}
     return _grouped((residual for residual in found if residual not in within), branches)
 

@@ -9,6 +9,7 @@ import torch
 from denoisers import sampled
 from torch import nn
 
+from optpass.analysis.cost import measure
 from optpass.capture.sources import capture
 from optpass.capture.timm_import import timm_importable
 from optpass.errors import MissingValuesError, UserError
@@ -20,7 +21,6 @@ from optpass.passes.cache_blocks import CacheBlocks
 from optpass.passes.cache_features import CacheFeatures
 from optpass.passes.cast import CastFloats
 from optpass.passes.hoist_invariants import HoistInvariants
-from optpass.passes.multiscale_time import MultiscaleTime
 from optpass.passes.prune_blocks import PruneBlocks
 from optpass.passes.simplify import Simplify
 from optpass.passes.single_token_attention import SingleTokenAttention
@@ -338,7 +338,8 @@ def folded_and_cast(program):
 def test_folded_factors_that_were_cast_are_still_a_blend(capture_module):
     program, _ = capture_module(Blocks, x=torch.randn(3, 2, 4))
     after, _ = pruned(folded_and_cast(program), remove="*")
-    assert program_difference(folded_and_cast(pruned(program, remove="*")[0]), after).relative_error <= RTOL
+    # But for a rounding to bfloat16; a stream times a would be off by a third.
+    assert program_difference(pruned(program, remove="*")[0], after).relative_error <= 2e-2
     program, _ = capture_module(Negated, x=torch.randn(3, 4))
     _, record = pruned(folded_and_cast(program), remove="*")
     assert not record.modified
@@ -484,10 +485,14 @@ PUBLISHED = {
 }
 
 
-def test_svd_as_published():
-    """14 frames of 512×256; the published prunings come after the multiscaling of time."""
-    program = capture(CONFIGS / "svd-unet", inputs={"sample": (1, 14, 8, 32, 64)})
-    program, _ = run("single-token-attention", SingleTokenAttention(), program)
+def svd(frames):
+    """SVD's UNet at 512×256, after its cross-attention to one token."""
+    program = capture(CONFIGS / "svd-unet", inputs={"sample": (1, frames, 8, 32, 64)})
+    return run("single-token-attention", SingleTokenAttention(), program)[0]
+
+
+def test_temporal_units_of_svd():
+    program = svd(14)
     after, record = pruned(program, kind="temporal", keep=0, importance="macs")
     assert sum("resnets" in site for site in record.sites) == 22
     assert sum("attentions" in site for site in record.sites) == 16
@@ -496,8 +501,26 @@ def test_svd_as_published():
     assert not any("temporal" in name or "time_mixer" in name for name in after.weights)
     with pytest.raises(MissingValuesError):
         pruned(program, kind="temporal", keep=0.3)
-    halved, _ = run("multiscale-time", MultiscaleTime(), program)
+
+
+@pytest.mark.slow
+def test_svd_as_published():
+    """The published prunings were made with 7 frames inside of the outermost level: counted from both captures."""
+    whole, halved = svd(14), svd(7)
+    assert scaled_tflops(measure(whole), measure(halved)) == pytest.approx(5.388, rel=1e-3)
     for count, (published, patterns) in PUBLISHED.items():
-        _, record = pruned(halved, kind="temporal", remove=patterns)
-        assert len(record.sites) == count
-        assert record.after.totals.flops() / 1e12 == pytest.approx(published, rel=0.02)
+        costs = []
+        for program in (whole, halved):
+            _, record = pruned(program, kind="temporal", remove=patterns)
+            assert len(record.sites) == count
+            costs.append(record.after)
+        assert scaled_tflops(*costs) == pytest.approx(published, rel=0.02)
+
+
+def scaled_tflops(whole, halved):
+    """2·MAC of a UNet whose outermost level has the frames of ``whole`` and whose other levels those of ``halved``."""
+    outer = ("down_blocks.0", "up_blocks.3", "conv_in", "conv_out")
+    rows = [cost.entries["full"].by_module(2).items() for cost in (whole, halved)]
+    macs = sum(row["macs"] for name, row in rows[0] if name.startswith(outer))
+    macs += sum(row["macs"] for name, row in rows[1] if not name.startswith(outer))
+    return 2 * macs / 1e12
