@@ -46,10 +46,14 @@ class Branch:
 
     @cached_property
     def path(self) -> str:
-        """The innermost module that holds everything costly of the branch, what lies inside of it included."""
+        """The innermost module that holds everything costly of the branch, what lies inside of it included.
+
+        Where that is the root, the module of its last product: a root adds many branches, which are not one.
+        """
         costly = [path_of(node).split(".") for node in self.residual.all_nodes if macs_of(node)]
         shared = [names[0] for names in zip(*costly, strict=False) if len(set(names)) == 1]
-        return ".".join(shared) or ROOT
+        own = [path_of(node) for node in self.residual.nodes if macs_of(node)]
+        return ".".join(shared) or next(reversed(own), ROOT)
 
     def is_kind(self, kind: UnitKind) -> bool:
         """Whether the branch is of one of the kinds that residuals have, or any attention."""

@@ -423,6 +423,22 @@ def test_what_a_cache_keeps_is_declined(tmp_path):
     assert not record.modified
     [declined] = record.declined
     assert "prune before caching" in declined.reason
+    # Steps that reuse the attention have the feed-forward alone, which the others would keep.
+    _, record = pruned(cached, remove="transformer_blocks.1")
+    assert not record.modified
+    assert [item.path for item in record.declined] == ["transformer_blocks.1", "transformer_blocks.1.ff.net"]
+    assert all("prune before caching" in item.reason for item in record.declined)
+
+
+def test_a_block_of_which_a_part_was_hoisted_is_declined(tmp_path):
+    """The first attention adds to a text that is the same for all steps: no branch is to be seen there any more."""
+    program, _ = sampled("Flux.1", tmp_path, layers=2)
+    hoisted, _ = run("hoist-invariants", HoistInvariants(), program)
+    _, record = pruned(hoisted, remove="transformer_blocks.0")
+    assert not record.modified
+    assert "a part of it is computed in another entry" in record.declined[0].reason
+    _, record = pruned(hoisted, remove="transformer_blocks.1")
+    assert record.modified
 
 
 OPEN = """
