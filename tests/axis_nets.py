@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
 
 from optpass.ir.program import Program
 from optpass.testing import capture_module
@@ -42,6 +43,14 @@ def places(*indices):
 linear, conv, up, prelu = maker(nn.Linear), maker(nn.Conv2d), maker(nn.ConvTranspose2d), maker(nn.PReLU)
 batch_norm, layer_norm, group_norm = maker(nn.BatchNorm2d), maker(nn.LayerNorm), maker(nn.GroupNorm)
 rms_norm, bilinear, embedding = maker(nn.RMSNorm), maker(nn.Bilinear), maker(nn.Embedding)
+
+
+def encoder_layer():
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+
+def multihead():
+    return nn.MultiheadAttention(8, 2, batch_first=True)
 
 
 def attention(q, k, v, heads, kv_heads=None, **options):
@@ -474,6 +483,39 @@ CASES = {
         {"enter": conv(3, 8, 1), "leave": conv(8, 4, 1)},
         IMAGE,
         ["8 enter [conv]"],
+    ),
+    "weight norm": (
+        lambda m, x: m.leave(m.enter(x)),
+        {"enter": lambda: weight_norm(nn.Linear(6, 8)), "leave": linear(8, 6)},
+        TOKENS,
+        ["8 enter [ffn]"],
+    ),
+    "cosine": (
+        lambda m, x: functional.cosine_similarity(m.one(x), m.two(x), dim=-1),
+        {"one": linear(6, 8), "two": linear(6, 8)},
+        TOKENS,
+        ["8 one [ffn]"],
+    ),
+    "a layer of an encoder": (
+        lambda m, x: m.leave(m.layer(m.enter(x))),
+        {"enter": linear(6, 8), "layer": encoder_layer, "leave": linear(8, 6)},
+        TOKENS,
+        ["8 enter [stream]", "2 layer.self_attn [heads]", "4 layer.self_attn [head-dim]", "16 layer.linear1 [ffn]"],
+    ),
+    "heads folded into the batch": (
+        lambda m, x: m.leave(m.attention(m.enter(x), m.enter(x), m.enter(x))[0]),
+        {"enter": linear(6, 8), "attention": multihead, "leave": linear(8, 6)},
+        TOKENS,
+        [
+            *("8 enter [ffn]", "2 attention [heads]", "4 attention [head-dim]", "4 attention [head-dim]"),
+            "8 attention.out_proj [ffn]",
+        ],
+    ),
+    "interleaved, all in a row": (
+        lambda m, x: m.leave(m.enter(x[0, 0]).repeat_interleave(2)),
+        {"enter": linear(6, 4), "leave": linear(8, 6)},
+        TOKENS,
+        ["4 enter [ffn]", "2 leave [ffn]"],
     ),
     "embedded": (
         lambda m, x: m.leave(m.table((x > 0).long())[:, :, 0]),

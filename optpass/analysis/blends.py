@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -13,7 +13,7 @@ from optpass.analysis.operators import argument, aten
 from optpass.analysis.residuals import Residual
 from optpass.ir.computed import Computed
 from optpass.ir.graph import shape_of
-from optpass.ir.weights import Expression
+from optpass.ir.weights import Cast, Expression
 
 Factor = Node | float
 PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
@@ -72,8 +72,33 @@ def _is_rest(rest: Node, of: Node) -> bool:
 def _is_weight_of_rest(rest: Node, of: Node, weights: Mapping[str, Expression]) -> bool:
     if rest.op != "get_attr" or of.op != "get_attr":
         return False
-    expression = weights[str(rest.target)]
+    expression = _uncast(weights[str(rest.target)])
     if not isinstance(expression, Computed) or expression.operator is not aten.rsub.Scalar:
         return False
     operand, *numbers = expression.args
-    return all(number == 1 for number in numbers) and not expression.kwargs and operand == weights[str(of.target)]
+    same = _uncast(operand) == _uncast(weights[str(of.target)])
+    return same and all(number == 1 for number in numbers) and not expression.kwargs
+
+
+def _uncast(expression: Expression) -> Expression:
+    """Without the casts around it: the factors are rounded each by itself."""
+    while isinstance(expression, Cast):
+        expression = expression.operand
+    return expression
+
+
+def are_related(a: Factor, b: Factor, weights: Mapping[str, Expression]) -> bool:
+    """Whether two weights are computed from the same ones, so that they may sum to one in a way that nobody reads."""
+    if not isinstance(a, Node) or not isinstance(b, Node) or a.op != "get_attr" or b.op != "get_attr":
+        return False
+    first, second = (set(_leaves(weights[str(node.target)])) for node in (a, b))
+    return not first.isdisjoint(second)
+
+
+def _leaves(expression: Expression) -> Iterator[Expression]:
+    pending = [expression]
+    while pending:
+        operands = (current := pending.pop()).operands()
+        pending.extend(operands)
+        if not operands:
+            yield current

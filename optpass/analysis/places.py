@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from optpass.analysis.units import Unit, UnitKind, outermost, units
+from torch.fx import Node
+
+from optpass.analysis.units import Unit, UnitKind, dead_without, outermost, units
 from optpass.errors import UserError, nearest_paths
-from optpass.ir.graph import Graph
-from optpass.ir.loop import PRESENT
+from optpass.ir.graph import Graph, path_of
+from optpass.ir.loop import PAST, PRESENT
 from optpass.ir.program import Program
 
 Forest = Mapping[str, tuple[Unit, ...]]
@@ -89,11 +91,55 @@ class Refusal:
     reason: str
 
 
-def refusal(program: Program, members: Iterable[Place]) -> Refusal | None:
+Readers = Mapping[str, Sequence[tuple[str, Node]]]
+"""Of every weight the operators that read it, with the entry of each."""
+
+
+def readers_of(program: Program) -> Readers:
+    """Who reads the weights of ``program``."""
+    found: dict[str, list[tuple[str, Node]]] = {}
+    for entry, graph in program.entries.items():
+        for node in graph.fx.nodes:
+            if node.op == "get_attr":
+                found.setdefault(str(node.target), []).extend((entry, user) for user in node.users)
+    return found
+
+
+def refusal(program: Program, members: Iterable[Place], readers: Readers) -> Refusal | None:
     """The first reason why a unit cannot be removed at all its places; ``None`` where it can."""
+    members = list(members)
     for place in members:
         if reason := place.unit.refusal or _kept(program.entries[place.entry], place.unit):
             return Refusal(place.entry, reason)
+    gone = {node for place in members for node in dead_without(place.unit)}
+    for place in members:
+        if state := _computed_elsewhere(program.entries[place.entry], place.unit.path, gone):
+            return Refusal(place.entry, f"a part of it is computed in another entry ({state}): prune before that")
+    return _needed_elsewhere(members, readers, gone)
+
+
+def _computed_elsewhere(graph: Graph, path: str, gone: Collection[Node]) -> str:
+    """A state that the module at ``path`` reads for something that would stay: its branches are not all to be seen."""
+    for name, node in zip(graph.signature.inputs, graph.placeholders, strict=True):
+        staying = (path_of(user) for user in node.users if user not in gone) if name.startswith(PAST) else ()
+        if any(f"{user}.".startswith(f"{path}.") for user in staying):
+            return name
+    return ""
+
+
+def _needed_elsewhere(members: Iterable[Place], readers: Readers, gone: set[Node]) -> Refusal | None:
+    """Entries must lose the same: none may go on with weights that are a unit's own in another entry."""
+    for place in members:
+        own = (operand for node in place.unit.nodes for operand in node.all_input_nodes)
+        read = dict.fromkeys(str(operand.target) for operand in own if operand.op == "get_attr")
+        for weight in read:
+            here = [node for entry, node in readers[weight] if entry == place.entry]
+            if not gone.issuperset(here):
+                continue
+            for entry, node in readers[weight]:
+                if node not in gone:
+                    reason = f"{entry} goes on with {weight}, and {place.entry} would not: prune before caching"
+                    return Refusal(entry, reason)
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch.fx import Node
 
-from optpass.analysis.blends import Blend, blend_of, scaled
+from optpass.analysis.blends import Blend, are_related, blend_of, scaled
 from optpass.analysis.layouts import layouts
 from optpass.analysis.mac_rules import macs_of
 from optpass.analysis.mixing import Mixing, mixed_axes
@@ -46,10 +46,14 @@ class Branch:
 
     @cached_property
     def path(self) -> str:
-        """The innermost module that holds everything costly of the branch, what lies inside of it included."""
+        """The innermost module that holds everything costly of the branch, what lies inside of it included.
+
+        Where that is the root, the module of its last product: a root adds many branches, which are not one.
+        """
         costly = [path_of(node).split(".") for node in self.residual.all_nodes if macs_of(node)]
         shared = [names[0] for names in zip(*costly, strict=False) if len(set(names)) == 1]
-        return ".".join(shared) or ROOT
+        own = [path_of(node) for node in self.residual.nodes if macs_of(node)]
+        return ".".join(shared) or next(reversed(own), ROOT)
 
     def is_kind(self, kind: UnitKind) -> bool:
         """Whether the branch is of one of the kinds that residuals have, or any attention."""
@@ -130,7 +134,8 @@ def units(graph: Graph, weights: Mapping[str, Expression]) -> tuple[Unit, ...]:
     branches: dict[Residual, Branch] = {}
     for residual in found:
         blend, inner = blend_of(residual, weights), _grouped(residual.inner, branches)
-        branches[residual] = Branch(residual, blend, mixed_axes(residual, places), inner, _refusal(residual, blend))
+        refused = _refusal(residual, blend, weights)
+        branches[residual] = Branch(residual, blend, mixed_axes(residual, places), inner, refused)
     within = {each for residual in found for each in residual.inner}
     return _grouped((residual for residual in found if residual not in within), branches)
 
@@ -172,12 +177,13 @@ def dead_without(unit: Unit) -> set[Node]:
     return gone
 
 
-def _refusal(residual: Residual, blend: Blend | None) -> str:
+def _refusal(residual: Residual, blend: Blend | None, weights: Mapping[str, Expression]) -> str:
     if argument(residual.add, "alpha") != 1:
         return "the addition scales its second operand (alpha)"
-    if blend is None and (product := scaled(residual.carrier)) and scaled(residual.branch):
-        factor = product[1]
-        if isinstance(factor, Node) and factor.op != "get_attr":
+    stream, branch = scaled(residual.carrier), scaled(residual.branch)
+    if blend is None and stream and branch:
+        computed = isinstance(stream[1], Node) and stream[1].op != "get_attr"
+        if computed or are_related(stream[1], branch[1], weights):
             return "stream and branch are both scaled, and nothing tells that the factors sum to one"
     return ""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -194,12 +195,13 @@ def repeat(node: Node, sizes: NewSizes) -> Arguments:
 
 @size_rule(aten.repeat_interleave.self_int)
 def repeat_interleave(node: Node, sizes: NewSizes) -> Arguments:
-    """The repetitions, and the size that they come to where it is said."""
-    dim = dimension(node, "dim", len(shape_of(node)))
-    before, after = sizes.of(node.args[0])[dim], sizes.of(node)[dim]
-    repeats: Arguments = {"repeats": _changed([argument(node, "repeats")], [quotient(after, before)])[0]}
+    """The repetitions, and the size that they come to where it is said; of all elements, where no dimension is."""
+    before, after = sizes.of(node.args[0]), sizes.of(node)
+    dim = argument(node, "dim")
+    old, new = (prod(before), after[0]) if dim is None else (before[dim], after[dim])
+    repeats: Arguments = {"repeats": _changed([argument(node, "repeats")], [quotient(new, old)])[0]}
     said = argument(node, "output_size")
-    return repeats if said is None else {**repeats, "output_size": _changed([said], [after])[0]}
+    return repeats if said is None else {**repeats, "output_size": _changed([said], [new])[0]}
 
 
 @size_rule(aten.layer_norm.default, aten.rms_norm.default)

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from optpass.analysis.carriers import REARRANGEMENTS
 from optpass.analysis.operators import aten
-from optpass.analysis.places import Place, Places, refusal
+from optpass.analysis.places import Place, Places, readers_of, refusal
 from optpass.analysis.units import Branch, Unit
 from optpass.ir.graph import Graph, value_of
 from optpass.ir.program import Program
@@ -27,8 +27,9 @@ OPEN = Constant(torch.ones(1))
 def removable(program: Program, candidates: Places, context: Context) -> Places:
     """Those of the ``candidates`` that can be removed; the others are declined."""
     found: Places = {}
+    readers = readers_of(program)
     for path, members in candidates.items():
-        if refused := refusal(program, members):
+        if refused := refusal(program, members, readers):
             context.decline(path, refused.reason, refused.entry)
         else:
             found[path] = members

@@ -20,14 +20,15 @@ FLOOR = 1e-4
 def inclusion_probabilities(importances: Tensor, count: int) -> Tensor:
     """p [N] = clip(c·q, 0, 1) with c such that Σp = ``count``, for importances q [N]; differentiable in q.
 
-    Importances below :data:`FLOOR` count as that.
+    Importances below :data:`FLOOR` count as that, with the gradient that they would have there.
 
     Raises:
         ValueError: ``count`` is not in 0 … N.
     """
     if not 0 <= count <= len(importances):
         raise ValueError(f"cannot sample {count} of {len(importances)} units")
-    q = importances.clamp_min(FLOOR)
+    # A clamp alone has no gradient below the floor: what fell there would never be learned again.
+    q = importances.detach().clamp_min(FLOOR) + (importances - importances.detach())
     certain = _certain(q.detach(), count)
     free = torch.where(certain, 0.0, q)
     share = (count - int(certain.sum())) * free / free.sum().clamp_min(torch.finfo(q.dtype).tiny)

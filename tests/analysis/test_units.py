@@ -26,6 +26,21 @@ def test_blocks_are_what_one_module_adds():
     assert [set(unit.mixes) for unit in found] == [{"spatial"}, {"temporal"}] * 3
 
 
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        x = x + self.b(self.a(x).relu())
+        return x + self.d(self.c(x).relu())
+
+
+def test_branches_of_the_root_are_told_apart():
+    program, _ = capture_module(Flat, x=torch.randn(3, 4))
+    assert [unit.path for unit in units(program.entries["full"], {})] == ["b", "d"]
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "paths"),
     [

@@ -19,6 +19,7 @@ from optpass.ir.text import graph_text, operator_name
 from optpass.ir.weights import Constant
 from optpass.passes.cache_blocks import CacheBlocks
 from optpass.passes.cache_features import CacheFeatures
+from optpass.passes.cast import CastFloats
 from optpass.passes.hoist_invariants import HoistInvariants
 from optpass.passes.prune_blocks import PruneBlocks
 from optpass.passes.simplify import Simplify
@@ -316,6 +317,35 @@ def test_blends_are_seen_through_simplified_factors(tiny_svd):
     assert program_difference(first, second).relative_error <= RTOL
 
 
+class Negated(nn.Module):
+    """A blend that no rule reads: 1 − a as −a + 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.mix = nn.Linear(4, 4), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        alpha = torch.sigmoid(self.mix)
+        return alpha * x + (-alpha + 1.0) * self.inner(x)
+
+
+def folded_and_cast(program):
+    for name, record in (("simplify", Simplify()), ("cast", CastFloats(dtype="bfloat16"))):
+        program, _ = run(name, record, program)
+    return program
+
+
+def test_folded_factors_that_were_cast_are_still_a_blend(capture_module):
+    program, _ = capture_module(Blocks, x=torch.randn(3, 2, 4))
+    after, _ = pruned(folded_and_cast(program), remove="*")
+    # But for a rounding to bfloat16; a stream times a would be off by a third.
+    assert program_difference(pruned(program, remove="*")[0], after).relative_error <= 2e-2
+    program, _ = capture_module(Negated, x=torch.randn(3, 4))
+    _, record = pruned(folded_and_cast(program), remove="*")
+    assert not record.modified
+    assert "nothing tells that the factors sum to one" in record.declined[0].reason
+
+
 UNITS = {
     "SD 1.5 UNet": [
         ("down_blocks.0.attentions.0", lambda x, *args, **kwargs: (x,)),
@@ -393,6 +423,22 @@ def test_what_a_cache_keeps_is_declined(tmp_path):
     assert not record.modified
     [declined] = record.declined
     assert "prune before caching" in declined.reason
+    # Steps that reuse the attention have the feed-forward alone, which the others would keep.
+    _, record = pruned(cached, remove="transformer_blocks.1")
+    assert not record.modified
+    assert [item.path for item in record.declined] == ["transformer_blocks.1", "transformer_blocks.1.ff.net"]
+    assert all("prune before caching" in item.reason for item in record.declined)
+
+
+def test_a_block_of_which_a_part_was_hoisted_is_declined(tmp_path):
+    """The first attention adds to a text that is the same for all steps: no branch is to be seen there any more."""
+    program, _ = sampled("Flux.1", tmp_path, layers=2)
+    hoisted, _ = run("hoist-invariants", HoistInvariants(), program)
+    _, record = pruned(hoisted, remove="transformer_blocks.0")
+    assert not record.modified
+    assert "a part of it is computed in another entry" in record.declined[0].reason
+    _, record = pruned(hoisted, remove="transformer_blocks.1")
+    assert record.modified
 
 
 OPEN = """

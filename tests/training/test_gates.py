@@ -60,6 +60,14 @@ def test_gates_are_zero_or_one_and_carry_the_gradient_of_the_probabilities():
     assert bool((q.grad != 0).all())
 
 
+def test_what_fell_below_the_floor_is_still_learned():
+    q = torch.tensor([1.0, -1.0, 2.0, 0.5 * FLOOR], requires_grad=True)
+    p = inclusion_probabilities(q, 2)
+    (p[1] + p[3]).backward()
+    assert float(p.detach()[1]) == float(p.detach()[3]) > 0
+    assert float(q.grad[1]) == float(q.grad[3]) > 0
+
+
 def test_learning_finds_the_units_that_matter():
     """Of six units whose absence costs differently, the two that cost most get the largest importances."""
     torch.manual_seed(0)

@@ -215,7 +215,8 @@ class Algebra:
         return [self.fixed_new(size, reason) for size in sizes]
 
     def _seam(self, structure: Structure, sizes: Sequence[Size]) -> list[Structure]:
-        reason = f"cut into {', '.join(map(str, sizes))}, across what it is made of ({structure!r})"
+        shown = ", ".join(str(size) for size in sizes if size != 0)
+        reason = f"cut into {shown}, across what it is made of ({structure!r})"
         self.fix(structure, reason)
         return [self.fixed_new(size, reason) if size != 0 else Concatenation(()) for size in sizes]
 

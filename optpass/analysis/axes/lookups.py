@@ -40,6 +40,10 @@ def index(node: Node, walk: Walk) -> Dims:
     places = [place for place, value in enumerate(indices) if value is not None]
     for place in places:
         walk.fix(dims[place], "is looked up in")
+    if any(value_of(indices[place]).dtype == torch.bool for place in places):
+        for place in places:
+            walk.fix_all(walk.of(indices[place]), "is a mask")
+        return tuple(walk.algebra.fixed_new(size, "is what a mask leaves") for size in walk.shape(node))
     looked_up = walk.broadcast(*(indices[place] for place in places))
     rest = [structure for place, structure in enumerate(dims) if place not in places]
     at = places[0] if places == list(range(places[0], places[-1] + 1)) else 0

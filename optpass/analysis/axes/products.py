@@ -127,8 +127,7 @@ def attention(node: Node, walk: Walk) -> Dims:
         stretched = (*batch, query[-2], key[-2])[-len(mask) :]
         walk.unified(stretched, mask)
     walk.head_dims += [query[-1], value[-1]]
-    if len(query) > 3:
-        walk.heads.append(batch[-1])
+    walk.heads += batch[-1:]
     walk.scales.append((node, query[-1]))
     return (*batch, query[-2], value[-1])
 
