@@ -21,6 +21,8 @@ from optpass.pipeline.target import Target
 
 Named = str | dict[str, dict[str, Any] | None]
 ALL, OTHERS, KEEP = "all", "*", "keep"
+RECORDED = ("checkpoint", "tools", "files")
+"""What a lock file records beside the recipe."""
 
 
 class _Section(BaseModel):
@@ -168,6 +170,8 @@ def load_recipe(
 ) -> Recipe:
     """Read and check a recipe file; ``overrides`` are options by pass (or target) name, ``target`` replaces the target.
 
+    A lock file is a recipe too: what it records beside one is left out.
+
     Raises:
         UserError: the file is not YAML, not a recipe, or names something unknown.
     """
@@ -179,6 +183,8 @@ def load_recipe(
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"recipe {path} is not a recipe: expected a mapping with 'passes', got {type(data).__name__}")
+    if {"checkpoint", "tools"} <= data.keys():
+        data = {key: value for key, value in data.items() if key not in RECORDED}
     return make_recipe(data, default_name=path.stem, overrides=overrides, target=target, folder=path.parent)
 
 

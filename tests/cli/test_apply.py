@@ -51,6 +51,19 @@ def test_bundle_from_a_model_folder(optpass, unet_folder, recipe, tmp_path):
     assert engine(sample, 500, return_dict=False)[0].shape == expected.shape
 
 
+def test_a_lock_file_is_applied_again(optpass, unet_folder, recipe, tmp_path):
+    steps = [{"prune-blocks": {"count": 1, "importance": "macs"}}]
+    locks = []
+    first, second = tmp_path / "first", tmp_path / "second"
+    for source, out in ((recipe(passes=steps), first), (first / "recipe.lock.yaml", second)):
+        outcome = optpass("apply", source, unet_folder, "-o", out, "--structure-only")
+        assert outcome.code == 0, outcome.err
+        locks.append((out / "recipe.lock.yaml").read_text())
+    assert locks[0] == locks[1]
+    [step] = yaml.safe_load(locks[1])["passes"]
+    assert (len(step["prune-blocks"]["remove"]), step["prune-blocks"]["count"]) == (1, None)
+
+
 def test_json_has_the_documented_keys(optpass, unet_folder, recipe, tmp_path):
     outcome = optpass("apply", recipe(), unet_folder, "-o", tmp_path / "b", "--json", "--no-baseline")
     assert outcome.code == 0, outcome.err
