@@ -367,11 +367,11 @@ def run(
     ] = "",
     steps: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Sampling steps; 20, or as many as the bundle's schedule was made for."),
+        typer.Option(min=1, help="Sampling steps; 20, or as many as the bundle was made for."),
     ] = None,
     guidance: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Classifier-free guidance scale; the pipeline's own by default."),
+        typer.Option(help="Classifier-free guidance scale; the pipeline's own, or none for a bundle made so."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; the next ones count up.")] = 0,
     tensors: Annotated[
@@ -472,7 +472,7 @@ def compare(
     samples: Annotated[int, typer.Option(min=0, help="Samples for the quality metrics; 0 leaves them out.")] = 10,
     steps: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Sampling steps; 20, or as many as the bundle's schedule was made for."),
+        typer.Option(min=1, help="Sampling steps; 20, or as many as the bundle was made for."),
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed calls of each, alternating.")] = 20,
     seed: Annotated[int, typer.Option()] = 0,

@@ -18,7 +18,7 @@ from optpass.rewrite.multiscale import HalvedBeforeError, halved
 from optpass.rewrite.resizing import ResizeError
 
 AXES = {"frames": ("frames",), "pixels": ("height", "width")}
-DOWN, UP = "down_blocks.", "up_blocks."
+UP = "up_blocks."
 
 
 class MultiscaleTime(Pass):
@@ -85,8 +85,8 @@ class MultiscaleTime(Pass):
 
 
 def _last_up_block(paths: set[str]) -> str:
-    numbers = [int(path.removeprefix(UP)) for path in paths if path.startswith(UP) and path.count(".") == 1]
-    return f"{UP}{max(numbers, default=0)}"
+    names = [path.removeprefix(UP) for path in paths if path.startswith(UP)]
+    return f"{UP}{max((int(name) for name in names if name.isdecimal()), default=0)}"
 
 
 def _is_in(node: Node, module: str) -> bool:

@@ -181,8 +181,7 @@ class _Plan:
         self._blocks = blocks(found, self._steps)
         self._multiples = {g.atom: 1 if g.kind == "heads" else multiple_of for g in groups}
         relative = [scores[g.atom] / scores[g.atom].abs().mean().clamp_min(1e-30) for g in groups]
-        self._sorted = torch.cat(relative).sort().values if groups else torch.zeros(0)
-        self._relative = {g.atom: score.sort().values for g, score in zip(groups, relative, strict=True)}
+        self._order = _least_first(relative)
 
     def even(self, share: float, limit: float) -> Counts:
         """The same share of every group."""
@@ -190,12 +189,9 @@ class _Plan:
 
     def ranked(self, share: float, limit: float) -> Counts:
         """The lowest share of all elements, wherever they are, and at most ``limit`` of a group."""
-        place = int(share * len(self._sorted))
-        if place == 0:
-            return {}
-        threshold = self._sorted[place - 1]
-        most = {atom: float(torch.searchsorted(s, threshold, right=True)) for atom, s in self._relative.items()}
-        return self._counts({group.atom: min(most[group.atom], limit * group.size) for group in self.groups})
+        going = self._order[: int(share * len(self._order))].bincount(minlength=len(self.groups))
+        pairs = zip(self.groups, going.tolist(), strict=True)
+        return self._counts({group.atom: min(most, limit * group.size) for group, most in pairs})
 
     def _counts(self, most: Mapping[Atom, float]) -> Counts:
         found = {}
@@ -223,3 +219,14 @@ class _Plan:
         best = rows.argsort(dim=1, descending=True, stable=True)[:, : count // parts]
         places = best + torch.arange(parts)[:, None] * rows.shape[1]
         return tuple(places.flatten().sort().values.tolist())
+
+
+def _least_first(scores: Sequence[Tensor]) -> Tensor:
+    """The number of the group that each element belongs to, the lowest score first; equal ones go evenly."""
+    if not scores:
+        return torch.zeros(0, dtype=torch.long)
+    shares = torch.cat([torch.arange(len(score), dtype=torch.float64) / len(score) for score in scores])
+    numbers = torch.repeat_interleave(torch.tensor([len(score) for score in scores]))
+    order = shares.argsort(stable=True)
+    values = torch.cat([score.sort().values for score in scores])[order]
+    return numbers[order][values.argsort(stable=True)]

@@ -22,12 +22,14 @@ class ResizeInputs(Pass):
 
     `inputs` gives the new shape of inputs by name. Other inputs that share an axis with them follow, and so does
     what stands in the graph as a size: shapes of views, repetitions, borders of slices, states of the loop. The
-    weights are the same. What comes out is what a capture at these sizes gives; what the model makes of a
-    resolution that it was not trained at is its own affair, so that the contract is `approximate`, and nothing can
-    be compared with the Program before. What comes after the pass is compared with the resized one.
+    weights are the same. What comes out is what a capture at these sizes gives, unless the model's code computes
+    numbers from sizes of which the graph does not say so: `x / tokens`, `x[:, tokens // 2]`, a split into as many
+    halves stay, or follow as most models mean it (docs/pruning.md). What the model makes of a resolution that it was
+    not trained at is its own affair, so that the contract is `approximate`, and nothing can be compared with the
+    Program before. What comes after the pass is compared with the resized one.
 
     Leaves alone: inputs that have the size already. Refuses, with the place: a size that a weight has (a table of
-    positions, a linear over all pixels); a literal that only the model's code could compute anew; an axis that is
+    positions, a linear over all pixels); a literal that contradicts the new sizes; an axis that is
     open, whose size is given at every call; one of size 1, which the graph may broadcast.
 
     Source: the reduced resolution of MobileVD, arXiv 2412.07583, Table 1.

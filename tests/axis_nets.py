@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
 
 from optpass.ir.program import Program
 from optpass.testing import capture_module
@@ -35,9 +36,21 @@ def maker(layer):
     return lambda *sizes, **options: lambda: layer(*sizes, **options)
 
 
+def places(*indices):
+    return lambda: nn.Parameter(torch.tensor(indices), requires_grad=False)
+
+
 linear, conv, up, prelu = maker(nn.Linear), maker(nn.Conv2d), maker(nn.ConvTranspose2d), maker(nn.PReLU)
 batch_norm, layer_norm, group_norm = maker(nn.BatchNorm2d), maker(nn.LayerNorm), maker(nn.GroupNorm)
 rms_norm, bilinear, embedding = maker(nn.RMSNorm), maker(nn.Bilinear), maker(nn.Embedding)
+
+
+def encoder_layer():
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+
+def multihead():
+    return nn.MultiheadAttention(8, 2, batch_first=True)
 
 
 def attention(q, k, v, heads, kv_heads=None, **options):
@@ -150,6 +163,16 @@ def replaced(m, x):
 def gathered(m, x):
     y = m.enter(x)
     return m.leave(y.gather(1, torch.zeros(2, 3, 8, dtype=torch.long)))
+
+
+def thirds_of_two_halves(m, x):
+    first, second, third = torch.cat([m.enter(x)] * 2, -1).chunk(3, -1)
+    return m.one(first) + m.two(second) + m.three(third)
+
+
+def learnt_queries(m, x):
+    queries = m.queries.expand(2, 4, 8)
+    return m.out(functional.scaled_dot_product_attention(queries, m.k(x), m.v(x), is_causal=True).flatten(1))
 
 
 QKV = {"q": (6, 12), "k": (6, 12), "v": (6, 12), "out": (12, 6)}
@@ -268,6 +291,42 @@ CASES = {
     ),
     "looked up": (gathered, {"enter": linear(6, 8), "leave": linear(8, 6)}, TOKENS, ["8 enter [ffn]"]),
     "replaced": (replaced, {"enter": linear(6, 8), "leave": linear(8, 6)}, TOKENS, []),
+    "put in order": (
+        lambda m, x: m.leave(m.enter(x).index_select(-1, m.order)),
+        {"enter": linear(6, 8), "leave": linear(5, 6), "order": places(3, 1, 0, 7, 4)},
+        TOKENS,
+        ["5 order [ffn]"],
+    ),
+    "one channel, joined with nothing": (
+        lambda m, x: m.leave(m.enter(x) * torch.cat([m.one(x)], 1)) + torch.cat([m.one(x)], 1).squeeze(1)[:, None],
+        {"enter": conv(3, 8, 1), "one": conv(3, 1, 1), "leave": conv(8, 4, 1)},
+        IMAGE,
+        ["8 enter [conv]"],
+    ),
+    "joined with itself, cut elsewhere": (
+        thirds_of_two_halves,
+        {"enter": linear(6, 6), "one": linear(4, 6), "two": linear(4, 6), "three": linear(4, 6)},
+        TOKENS,
+        ["2 enter [ffn]", "2 enter [ffn]", "2 enter [ffn]"],
+    ),
+    "joined with itself, added to others": (
+        lambda m, x: m.leave(torch.cat([m.enter(x)] * 2, -1) + torch.cat([m.b(x), m.c(x), m.d(x)], -1)),
+        {"enter": linear(6, 4), "b": linear(6, 2), "c": linear(6, 5), "d": linear(6, 1), "leave": linear(8, 6)},
+        TOKENS,
+        ["2 enter [stream]"],
+    ),
+    "einsum without a result": (
+        lambda m, x: m.leave(torch.einsum("...ij,jk", m.enter(x), m.core)),
+        {"enter": linear(6, 8), "core": table(8, 10), "leave": linear(10, 6)},
+        TOKENS,
+        ["8 enter [ffn]", "10 core [ffn]"],
+    ),
+    "learnt queries, causal": (
+        learnt_queries,
+        {"queries": table(4, 8), "k": linear(6, 8), "v": linear(6, 3), "out": linear(12, 6)},
+        TOKENS,
+        ["8 k [head-dim]", "3 v [head-dim]"],
+    ),
     "picked": (
         lambda m, x: m.leave(m.enter(x).narrow(-1, 2, 3)),
         {"enter": linear(6, 8), "leave": linear(3, 6)},
@@ -424,6 +483,39 @@ CASES = {
         {"enter": conv(3, 8, 1), "leave": conv(8, 4, 1)},
         IMAGE,
         ["8 enter [conv]"],
+    ),
+    "weight norm": (
+        lambda m, x: m.leave(m.enter(x)),
+        {"enter": lambda: weight_norm(nn.Linear(6, 8)), "leave": linear(8, 6)},
+        TOKENS,
+        ["8 enter [ffn]"],
+    ),
+    "cosine": (
+        lambda m, x: functional.cosine_similarity(m.one(x), m.two(x), dim=-1),
+        {"one": linear(6, 8), "two": linear(6, 8)},
+        TOKENS,
+        ["8 one [ffn]"],
+    ),
+    "a layer of an encoder": (
+        lambda m, x: m.leave(m.layer(m.enter(x))),
+        {"enter": linear(6, 8), "layer": encoder_layer, "leave": linear(8, 6)},
+        TOKENS,
+        ["8 enter [stream]", "2 layer.self_attn [heads]", "4 layer.self_attn [head-dim]", "16 layer.linear1 [ffn]"],
+    ),
+    "heads folded into the batch": (
+        lambda m, x: m.leave(m.attention(m.enter(x), m.enter(x), m.enter(x))[0]),
+        {"enter": linear(6, 8), "attention": multihead, "leave": linear(8, 6)},
+        TOKENS,
+        [
+            *("8 enter [ffn]", "2 attention [heads]", "4 attention [head-dim]", "4 attention [head-dim]"),
+            "8 attention.out_proj [ffn]",
+        ],
+    ),
+    "interleaved, all in a row": (
+        lambda m, x: m.leave(m.enter(x[0, 0]).repeat_interleave(2)),
+        {"enter": linear(6, 4), "leave": linear(8, 6)},
+        TOKENS,
+        ["4 enter [ffn]", "2 leave [ffn]"],
     ),
     "embedded": (
         lambda m, x: m.leave(m.table((x > 0).long())[:, :, 0]),

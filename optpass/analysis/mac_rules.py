@@ -205,25 +205,32 @@ def recurrent_cell(node: Node) -> int:
 @mac_rule(aten.einsum.default)
 def einsum(node: Node) -> int:
     """Operands contracted from left to right, each product over the sizes of all its indices."""
+    indices, products = contractions(node)
+    operands: Any = node.args[1]
+    sizes: dict[str, int] = {}
+    for names, operand in zip(indices, operands, strict=True):
+        for name, size in zip(names, shape_of(operand), strict=True):
+            sizes[name] = max(size, sizes.get(name, 1))
+    return sum(math.prod(sizes[name] for name in product) for product in products)
+
+
+def contractions(node: Node) -> tuple[list[list[str]], list[set[str]]]:
+    """Of an einsum, the index of each dimension of each operand, and the indices of each product from left to right."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     terms, _, result = equation.partition("->")
-    shapes = [shape_of(operand) for operand in operands]  # type: ignore[union-attr, arg-type]
-    indices = [_indices(term, len(shape)) for term, shape in zip(terms.split(","), shapes, strict=True)]
-    sizes: dict[str, int] = {}
-    for names, shape in zip(indices, shapes, strict=True):
-        for name, size in zip(names, shape, strict=True):
-            sizes[name] = max(size, sizes.get(name, 1))
+    ranks = [len(shape_of(operand)) for operand in operands]  # type: ignore[union-attr, arg-type]
+    indices = [_indices(term, rank) for term, rank in zip(terms.split(","), ranks, strict=True)]
     if "->" in equation:
         kept = set(_indices(result, len(shape_of(node))))
     else:
         flat = [name for names in indices for name in names]
         kept = {name for name in flat if flat.count(name) == 1 or name.startswith(".")}
-    total, current = 0, set(indices[0])
+    products, current = [], set(indices[0])
     for position, names in enumerate(indices[1:], start=1):
         joined = current | set(names)
-        total += math.prod(sizes[name] for name in joined)
+        products.append(joined)
         current = joined & (kept | {name for later in indices[position + 1 :] for name in later})
-    return total
+    return indices, products
 
 
 def _indices(term: str, rank: int) -> list[str]:

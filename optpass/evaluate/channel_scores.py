@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from optpass.analysis.axes import Axes, Group
 from optpass.analysis.axes.structure import Atom, Concatenation, Structure, resolved
+from optpass.ir.algebra import BLOCK
 from optpass.ir.program import Program
 
 Criterion = Literal["l1", "l2", "norm-scale", "taylor", "random"]
@@ -45,23 +46,28 @@ def channel_scores(
     scores: dict[Atom, Tensor] = {}
     for name, places in wanted.items():
         value = importance[name] if importance is not None else program.weights[name].evaluate()
-        sums: dict[int, Tensor] = {}
+        sums = _sums(value, {dim for _, dim in places}, criterion)
         for group, dim in places:
-            if dim not in sums:
-                sums[dim] = _along(value, dim, criterion)
             vector = _folded(sums[dim], found.weight(name)[dim], group.atom)
             scores[group.atom] = scores[group.atom] + vector if group.atom in scores else vector
     return {atom: score.sqrt() if criterion == "l2" else score for atom, score in scores.items()}
 
 
-def _along(value: Tensor, dim: int, criterion: Criterion) -> Tensor:
-    """Squares (of ``l2``) or magnitudes, summed over everything but ``dim``."""
-    others = [other for other in range(value.ndim) if other != dim]
-    if criterion == "l2":
-        norms: Tensor = torch.linalg.vector_norm(value, dim=others, dtype=_accumulated(value)) if others else value
-        return norms.double().square()
-    sizes = value.abs().sum(others, dtype=_accumulated(value)) if others else value.abs()
-    return sizes.double()
+def _sums(value: Tensor, dims: Collection[int], criterion: Criterion) -> dict[int, Tensor]:
+    """Squares (of ``l2``) or magnitudes, summed over everything but each of ``dims``, in float64.
+
+    Made in blocks of rows that stay in the cache: wide copies of large kernels were most of what a pruning held.
+    """
+    found = {dim: torch.zeros(value.shape[dim], dtype=torch.float64) for dim in dims}
+    rows = max(1, BLOCK // max(1, value[0].numel()))
+    for start in range(0, len(value), rows):
+        block = value[start : start + rows].to(_accumulated(value))
+        sizes = block.square() if criterion == "l2" else block.abs()
+        for dim, total in found.items():
+            others = [other for other in range(value.ndim) if other != dim]
+            part = sizes.sum(others) if others else sizes
+            (total[start : start + rows] if dim == 0 else total).add_(part)
+    return found
 
 
 def _accumulated(value: Tensor) -> torch.dtype:

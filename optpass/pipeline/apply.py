@@ -317,6 +317,7 @@ def _measured(parts: Sequence[Part], request: Request, folder: Path, progress: P
             part.engines,
             folder / part.place,
             _named(part, parts, progress),
+            untouched=part.reference.weights is part.original.weights,
         )
         for part in runnable
     ]

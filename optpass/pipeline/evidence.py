@@ -40,7 +40,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Subject:
-    """A lowered Program: ``engines``, which lie in ``folder``, of ``program``, to be compared with ``original``."""
+    """A lowered Program: ``engines``, which lie in ``folder``, of ``program``, to be compared with ``original``.
+
+    ``untouched`` says that the latter has the checkpoint's own weights: nothing was put into them.
+    """
 
     target: Target
     original: Program
@@ -48,6 +51,7 @@ class Subject:
     engines: Mapping[str, LoweredEntry]
     folder: Path
     progress: Progress
+    untouched: bool = True
 
     def runners(self) -> Runners:
         """The engines, loaded."""
@@ -145,27 +149,37 @@ def _samples(
     folder = origin.path if origin.pipeline else None
     if folder is None or not request.samples or not can_sample(folder):
         return None, None
-    stages = ("samples before", "samples after")
     driven = next((subject for subject in subjects if subject.program.loop), subjects[0])
     asked = asked_beside(driven.original.loop, driven.program.loop, request.steps)
+    # An engine has one batch, and guidance takes another: the original is then sampled as the folder has it.
+    loaded = driven if asked[0].guidance != asked[1].guidance else None
+    if loaded and not loaded.untouched:
+        return None, None
     made: list[Samples] = []
-    for side, stage in enumerate(stages):
+    for side, stage in enumerate(("samples before", "samples after")):
         replaced = {
             subject.program.origin.component: engine_module((subject.original, subject.program)[side], pair[side])
             for subject, pair in zip(subjects, pairs, strict=True)
+            if side or subject is not loaded
         }
         made.append(_generate(request, asked[side], folder, replaced, stage, progress))
-    before, after = made
     from optpass.report.clips import Clips
 
+    before, after = made
     labels = tuple(str(int(label)) for label in after.labels)
+    clips = Clips(labels=labels, before=before.frames, after=after.frames)
+    return _compared(before, after, asked, request.seed, folder), clips
+
+
+def _compared(before: Samples, after: Samples, asked: tuple[Asked, Asked], seed: int, folder: Path) -> dict[str, Any]:
+    """The report's section: how samples were made, how near they are, and what the folder's evaluator says of them."""
     record: dict[str, Any] = {
-        "labels": list(labels),
+        "labels": [str(int(label)) for label in after.labels],
         "steps": asked[1].steps,
         "guidance": asked[1].guidance,
         "steps_before": asked[0].steps,
         "guidance_before": asked[0].guidance,
-        "seed": request.seed,
+        "seed": seed,
         "psnr": min(psnr(before.frames, after.frames), IDENTICAL_DB),
         "quality_before": None,
         "quality_after": None,
@@ -174,7 +188,7 @@ def _samples(
         evaluator = Evaluator.load(folder / "evaluator")
         record["quality_before"] = evaluator.measure(before.frames, before.labels).as_dict()
         record["quality_after"] = evaluator.measure(after.frames, after.labels).as_dict()
-    return record, Clips(labels=labels, before=before.frames, after=after.frames)
+    return record
 
 
 def _generate(

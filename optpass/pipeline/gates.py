@@ -28,7 +28,7 @@ class Gate(BaseModel):
     min: float | None = None
     max: float | None = None
     clips: int = Field(8, ge=1, description="how many samples a quality metric generates")
-    steps: int = Field(20, ge=1, description="sampling steps of a quality metric")
+    steps: int = Field(20, ge=1, description="sampling steps of a quality metric, for models made for no number")
     seed: int = 0
 
     @model_validator(mode="after")

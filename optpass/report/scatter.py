@@ -14,7 +14,7 @@ from typing import Any
 from optpass.report.reading import items, mappings, text
 from optpass.report.units import figures, number
 
-HEIGHT, TOP, LEFT, RIGHT = 240, 12, 9.0, 97.0
+HEIGHT, TOP, LEFT, RIGHT = 240, 28, 9.0, 97.0
 """Pixels of the plane and above it; percent of the width at its left and right border."""
 KINDS = 6
 """Forms that series have in turn: colour, dashes and filling."""
@@ -66,9 +66,14 @@ class Plot:
     y_ticks: tuple[Tick, ...]
 
     @property
+    def bottom(self) -> int:
+        """Pixels down to the lower border of the plane."""
+        return TOP + HEIGHT
+
+    @property
     def height(self) -> int:
         """Pixels: the plane, what is written under it, and a line for each series."""
-        return TOP + HEIGHT + 44 + 20 * len(self.series)
+        return self.bottom + 44 + 20 * len(self.series)
 
 
 def plots(report: Mapping[str, Any]) -> tuple[Plot, ...]:

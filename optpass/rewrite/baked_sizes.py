@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
 
+from optpass.analysis.axes.arrangements import scattered_from
 from optpass.analysis.axes.rules import Walk, dimension, dimensions, number
 from optpass.analysis.axes.structure import (
     Concatenation,
@@ -193,12 +195,13 @@ def repeat(node: Node, sizes: NewSizes) -> Arguments:
 
 @size_rule(aten.repeat_interleave.self_int)
 def repeat_interleave(node: Node, sizes: NewSizes) -> Arguments:
-    """The repetitions, and the size that they come to where it is said."""
-    dim = dimension(node, "dim", len(shape_of(node)))
-    before, after = sizes.of(node.args[0])[dim], sizes.of(node)[dim]
-    repeats: Arguments = {"repeats": _changed([argument(node, "repeats")], [quotient(after, before)])[0]}
+    """The repetitions, and the size that they come to where it is said; of all elements, where no dimension is."""
+    before, after = sizes.of(node.args[0]), sizes.of(node)
+    dim = argument(node, "dim")
+    old, new = (prod(before), after[0]) if dim is None else (before[dim], after[dim])
+    repeats: Arguments = {"repeats": _changed([argument(node, "repeats")], [quotient(new, old)])[0]}
     said = argument(node, "output_size")
-    return repeats if said is None else {**repeats, "output_size": _changed([said], [after])[0]}
+    return repeats if said is None else {**repeats, "output_size": _changed([said], [new])[0]}
 
 
 @size_rule(aten.layer_norm.default, aten.rms_norm.default)
@@ -242,6 +245,19 @@ def slice_(node: Node, sizes: NewSizes) -> Arguments:
         return {}
     start, stop = (sizes.before(structure, border) for border in (piece.start, piece.stop))
     return {"start": start, "end": stop}
+
+
+@size_rule(aten.slice_scatter.default)
+def slice_scatter(node: Node, sizes: NewSizes) -> Arguments:
+    """Start and end of what is replaced."""
+    dim = dimension(node, "dim", len(shape_of(node)))
+    structure, part = (sizes.walk.of(value)[dim] for value in node.args[:2])
+    start = scattered_from(node, structure.size)
+    if start is None or sizes.size(structure) == structure.size:
+        return {}
+    # The part may be as long as before, and lie elsewhere.
+    first = sizes.before(structure, start)
+    return {"start": first, "end": first + sizes.size(part)}
 
 
 @size_rule(aten.narrow.default)

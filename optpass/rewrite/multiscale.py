@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.fx import Node
 
-from optpass.analysis.axes import Axes, Structure
+from optpass.analysis.axes import Axes, Concatenation, Structure
 from optpass.analysis.axes.structure import Size, factors
 from optpass.analysis.boundaries import depending_on
 from optpass.analysis.operators import argument, aten
@@ -110,6 +110,8 @@ class _Stretch:
             if sum(name in self.found.names(factor) for factor in named) > 1:
                 raise ResizeError(f"{place}: the axis of {name} is in two parts: some of it was halved before")
         for factor in named:
+            if isinstance(factor, Concatenation):
+                raise ResizeError(f"{place}: the axis is put together of several, and a pair may span two of them")
             if not isinstance(factor.size, int):
                 raise ResizeError(f"{place}: an axis that is open ({factor.size}) cannot be halved: give it a size")
             if factor.size % 2 and self.down == "average":

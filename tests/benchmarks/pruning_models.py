@@ -56,7 +56,8 @@ class Outcome:
     """One model at one ratio.
 
     MACs are shares of the original's; errors relative L2 of the output. ``ours`` was given the peer's share as its
-    budget; ``even`` is ours at the same ratio. ``latency`` has the peer first.
+    budget, or the same ratio where that leaves no more; ``even`` is ours at the same ratio. ``latency`` has the peer
+    first.
     """
 
     model: str
@@ -120,7 +121,8 @@ def compare(model: Model, ratio: float) -> Outcome:
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return Outcome(model.name, model.weights, ratio, 1, 0, 1, 0, **facts, latency=None, refused=said)
     share = measure(theirs).totals.macs / whole
-    ours = _pruned(program, macs=share)
+    # The same ratio where it leaves no more than the peer has, as it does where nothing rounds.
+    ours = even if facts["even_macs"] <= share else _pruned(program, macs=share)
     with tempfile.TemporaryDirectory(prefix="optpass-bench-") as home:
         engines = [(name, engine(each, Path(home, name))) for name, each in (("peer", theirs), ("optpass", ours))]
         latency = compare_latency(*engines, [_tensors(program, model.inputs)])

@@ -13,6 +13,7 @@ from optpass.errors import UserError
 from optpass.evaluate.difference import program_difference
 from optpass.ir.text import graph_text
 from optpass.ir.weights import Constant
+from optpass.passes.cache_features import CacheFeatures
 from optpass.passes.funnel_channels import FunnelChannels
 from optpass.passes.reparameterize import Reparameterize
 from optpass.passes.single_token_attention import SingleTokenAttention
@@ -271,7 +272,7 @@ def test_patterns(capture_module):
     program, _ = capture_module(Attention, **tokens())
     _, record = funnelled(program, match=("v",))
     assert record.sites == ("v",)
-    with pytest.raises(UserError, match="matches no layer of attention-qk, attention-vo; known: k, q, v"):
+    with pytest.raises(UserError, match="matches no layer of attention-qk, attention-vo; the nearest are k, q, v"):
         funnelled(program, match=("oat",))
     with pytest.raises(UserError, match="ratio"):
         FunnelChannels.from_options({"ratio": 0}, owner="funnel-channels")
@@ -331,3 +332,14 @@ def test_trained_checkpoint(moving_digits):
     _, spatial = funnelled(program, axis="spatial")
     assert len(temporal.sites) == len(spatial.sites) == 14
     assert all("temporal_transformer_blocks" in path for path in temporal.sites)
+
+
+def test_in_a_loop_entries_change_together(moving_digits):
+    program = capture(moving_digits, dtype=torch.float32)
+    program, _ = run_pass(program, Step("single-token-attention", SingleTokenAttention()))
+    split = Step("cache-features", CacheFeatures(cut="up_blocks.1", every=2))
+    options = {"match": ("up_blocks.1.*", "mid_block.*")}
+    before, record = funnelled(run_pass(program, split)[0], **options)
+    after, _ = run_pass(funnelled(program, **options)[0], split)
+    assert len(record.sites) == 12
+    assert program_difference(before, after).relative_error <= 1e-6

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,16 @@ from torch import nn
 from optpass.capture.sources import capture
 from optpass.errors import UserError
 from optpass.evaluate.difference import outputs_difference, program_runner
+from optpass.ir.loop import single_step
 from optpass.ir.text import graph_text
 from optpass.passes.multiscale_time import MultiscaleTime
 from optpass.passes.resize_inputs import ResizeInputs
 from optpass.passes.simplify import Simplify
 from optpass.passes.single_token_attention import SingleTokenAttention
 from optpass.pipeline.manager import run_pass, run_passes
-from optpass.pipeline.recipe import Step
+from optpass.pipeline.recipe import Step, make_recipe
 from optpass.rewrite.common_subexpressions import merge_common_subexpressions
+from optpass.runtime.looped import program_module
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RTOL = 1e-5
@@ -38,6 +41,13 @@ class Mixing(nn.Module):
         x = self.enter(sample.flatten(0, 1)).unflatten(0, (batch, frames))
         deep = self.deep(x.transpose(1, 2)).transpose(1, 2) + torch.arange(frames)[:, None, None, None] / 10
         return self.leave(x + deep)
+
+
+class Joined(Mixing):
+    """An image before the frames of a clip."""
+
+    def forward(self, sample, image):
+        return super().forward(torch.cat([image, sample], 1))
 
 
 class Out(nn.Module):
@@ -151,10 +161,8 @@ def example_of(frames):
     ("frames", "options"),
     [
         (4, {"down": "average"}),
-        (4, {"down": "first"}),
         (3, {"down": "first"}),
         (3, {"down": "average", "axis": "pixels"}),
-        (3, {"down": "first", "axis": "pixels"}),
     ],
 )
 def test_a_small_svd_computes_what_the_written_forward_does(frames, options, tiny_svd):
@@ -202,10 +210,28 @@ def test_refusals(tiny_svd, capture_module):
     assert not run_pass(averaged, step(axis="pixels"))[1].modified
     folded, _ = run_pass(program, Step("simplify", Simplify()))
     assert "the weight down_blocks.0.resnets.0.time_mixer" in refusal(folded, down="first")
+    joined, _ = capture_module(Joined, sample=torch.zeros(2, 3, 3, 5, 6), image=torch.zeros(2, 1, 3, 5, 6))
+    assert "the axis is put together of" in refusal(joined, after="enter", before="leave")
     layers = lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))  # noqa: E731
     image, _ = capture_module(layers, input=torch.zeros(1, 3, 4, 4))
     assert "nothing that enters has an axis of frames" in refusal(image, after="0", before="2")
     assert run_pass(image, step(after="0", before="2", axis="pixels"))[1].modified
+
+
+@pytest.mark.parametrize("order", [("cache-features", "multiscale-time"), ("multiscale-time", "cache-features")])
+def test_steps_that_reuse_are_halved_where_they_compute(order, tiny_svd):
+    program, module, _ = tiny_svd
+    example = example_of(3)
+    program = replace(program, loop=single_step("full", program.entries["full"].signature))
+    options = {"cache-features": {"cut": "up_blocks.0"}, "multiscale-time": {"down": "first"}}
+    after, records = run_passes(program, make_recipe({"passes": [{name: options[name]} for name in order]}).steps)
+    declined = [(item.entry, item.reason) for record in records for item in record.declined]
+    empty = ("reuse", "nothing is computed after down_blocks.0 and before up_blocks.1")
+    assert declined == ([empty] if order[0] == "cache-features" else [])
+    with torch.no_grad():
+        expected = halved_svd(module, example, down="first")
+        found = {"sample": program_module(after)(**example).sample}
+    assert outputs_difference(expected, found).relative_error <= RTOL
 
 
 def test_an_open_batch_stays_open(capture_shared):

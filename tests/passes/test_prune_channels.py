@@ -171,6 +171,26 @@ def test_too_little_for_a_group_norm_is_declined(grouped):
     ]
 
 
+class ThreeConvs(nn.Module):
+    """conv → BatchNorm → conv → BatchNorm → conv: groups of 8 and 16 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm1, self.second = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1)
+        self.norm2, self.third = nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        return self.third(functional.relu(self.norm2(self.second(functional.relu(self.norm1(self.first(x)))))))
+
+
+def test_equal_scores_go_evenly_and_never_more_than_asked(capture_module):
+    """Norms that nobody trained: all scales are 1."""
+    program, _ = capture_module(ThreeConvs, x=torch.zeros(1, 3, 4, 6))
+    ones = {name: Constant(torch.ones(program.weights[name].shape)) for name in ("norm1.weight", "norm2.weight")}
+    _, record = prune(program.with_weights(ones), ratio=0.25, ranking="global", criterion="norm-scale")
+    assert [(item["before"], item["after"]) for item in record.facts["pruning"]] == [(8, 6), (16, 12)]
+
+
 @pytest.mark.parametrize("ranking", ["group", "global"])
 @pytest.mark.parametrize("budget", ["macs", "parameters"])
 def test_budgets_are_met_and_not_wasted(attention, budget, ranking):

@@ -74,6 +74,28 @@ def test_a_small_svd_computes_what_the_module_does(tiny_svd):
     assert outputs_difference(expected, program_runner(after, "full")(example)).relative_error <= 1e-5
 
 
+class Padded(nn.Module):
+    """Tokens written behind three zeros, as tables of positions of text and image tokens are joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+
+    def forward(self, x):
+        joined = torch.zeros(x.shape[0], 3 + x.shape[1], 8)
+        joined[:, 3:] = self.layer(x)
+        return joined
+
+
+def test_what_is_written_into_a_part_grows_with_it(capture_module):
+    program, module = capture_module(Padded, x=torch.zeros(2, 5, 6))
+    after, _ = run_pass(program, step(x=(2, 9, 6)))
+    example = {"x": torch.randn(2, 9, 6)}
+    with torch.no_grad():
+        expected = {"output": module(**example)}
+    assert outputs_difference(expected, program_runner(after, "full")(example)).relative_error <= 1e-6
+
+
 @pytest.mark.slow
 def test_what_a_capture_at_the_new_sizes_gives(moving_digits):
     program = capture(moving_digits)

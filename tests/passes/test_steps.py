@@ -102,8 +102,12 @@ def test_models_are_sampled_side_by_side_as_they_are_made_for():
 @pytest.mark.slow
 def test_a_bundle_samples_so_and_without_guidance_asks_once(moving_digits, tmp_path):
     document = {"inputs": {"sample": [1, 8, 4, 16, 16]}, "passes": [{"steps": {"steps": 2}}], "target": "program"}
-    request = Request(str(moving_digits), tmp_path / "out", verify="never", unhealed=True)
+    request = Request(str(moving_digits), tmp_path / "out", samples=1, steps=3, unhealed=True)
     applied = apply(make_recipe(document), request)
+    # The original is sampled with guidance, for which its engine has too small a batch.
+    samples = applied.report["samples"]
+    assert [samples[key] for key in ("steps_before", "guidance_before", "steps", "guidance")] == [3, 3.0, 2, 1.0]
+    assert samples["quality_before"]["frame_accuracy"] > 0.5
     assert [rung["evaluations"] for rung in applied.report["ladder"]] == [None, 2]
     assert read_manifest(applied.folder).usual_steps == 2
     # The engine takes one clip: with guidance, the pipeline would give it two.

@@ -26,9 +26,9 @@ def test_places_are_in_proportion():
     (low, high), (middle,) = (each.points for each in plot.series)
     assert (low.x, low.y, high.x, high.y) == pytest.approx((LEFT, TOP + HEIGHT, RIGHT, TOP))
     assert (middle.x, middle.y) == pytest.approx(((LEFT + RIGHT) / 2, TOP + HEIGHT / 2))
-    assert [tick.label for tick in plot.y_ticks] == ["10.0", "15.0", "20.0", "25.0", "30.0"]
+    assert [tick.label for tick in plot.y_ticks] == ["10", "15", "20", "25", "30"]
     assert plot.series[0].lines == [(low, high)]
-    assert "channels: ratio 0.2: 0.200, 10.0" in plot.description
+    assert "channels: ratio 0.2: 0.200, 10" in plot.description
 
 
 def test_ticks_are_round_and_cover_every_value():

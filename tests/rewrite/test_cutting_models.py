@@ -44,7 +44,7 @@ GROUPS = {
     "DETR": 21,
 }
 """How many groups the small model has."""
-LARGE = ("SVD UNet", "VAE-Wan")
+LARGE = ("SDXL UNet", "SVD UNet", "VAE-Wan")
 ALONE = 2
 """How many groups are cut alone besides."""
 

@@ -43,24 +43,11 @@ class Drawn(nn.Module):
         left = values[1:]
         self.last = nn.Conv2d(sum(channels for channels, _ in left), 2, 1)
 
-    def _planned(self, name, values, kind, which, width, number):
-        place = max(0, len(values) - 1 - which)
+    def _planned(self, name, values, kind, back, width, number):
+        """Channels of what the step makes, and whether it is half as high; nothing where it cannot be done."""
+        place = max(0, len(values) - 1 - back)
         channels, small = values[place]
         other = next((i for i in range(len(values) - 1, -1, -1) if i != place and values[i] == values[place]), None)
-        divisor = gcd(channels, number)
-        layers = {
-            "conv": lambda: nn.Conv2d(channels, width, 3, padding=1),
-            "linear": lambda: nn.Linear(channels, width),
-            "depthwise": lambda: nn.Conv2d(channels, channels * (1 + number % 2), 3, padding=1, groups=channels),
-            "grouped": lambda: nn.Conv2d(channels, divisor * width, 1, groups=divisor),
-            "transposed": lambda: nn.ConvTranspose2d(channels, width, 3, padding=1),
-            "group norm": lambda: nn.GroupNorm(divisor, channels),
-            "batch norm": lambda: nn.BatchNorm2d(channels),
-            "layer norm": lambda: nn.LayerNorm(channels),
-            "attention": lambda: nn.ModuleList([nn.Linear(channels, divisor * width) for _ in "qkv"]),
-            "excite": lambda: nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, channels)),
-            "twice": lambda: nn.Linear(channels, channels, bias=False),
-        }
         if (
             (kind in ("add", "multiply", "concatenate") and other is None)
             or (kind in ("split", "gate", "shuffle") and channels % 2)
@@ -68,16 +55,11 @@ class Drawn(nn.Module):
             or (kind == "select" and channels < 3)
         ):
             return []
-        if kind in layers:
-            self.layers[name] = layers[kind]()
+        divisor = gcd(channels, number)
+        if make := _layers(channels, width, divisor).get(kind):
+            self.layers[name] = make()
         self.plan.append((kind, name, place, other, divisor))
-        made = {
-            "conv": width, "linear": width, "transposed": width, "grouped": divisor * width,
-            "concatenate": 2 * channels,
-            "depthwise": channels * (1 + number % 2), "split": channels // 2, "gate": channels // 2,
-            "attention": divisor * width, "repeat": 2 * channels, "select": channels - 1,
-        }  # fmt: skip
-        return [(made.get(kind, channels), small or kind == "pool")]
+        return [(_made(channels, width, divisor).get(kind, channels), small or kind == "pool")]
 
     def forward(self, x):
         values = [x]
@@ -87,6 +69,34 @@ class Drawn(nn.Module):
             values.append(_step(kind, layer, values[place], second, divisor))
         left = [functional.adaptive_avg_pool2d(value, (2, 3)) for value in values[1:]]
         return self.last(torch.cat(left, 1))
+
+
+def _layers(channels, width, divisor):
+    return {
+        "conv": lambda: nn.Conv2d(channels, width, 3, padding=1),
+        "linear": lambda: nn.Linear(channels, width),
+        "depthwise": lambda: nn.Conv2d(channels, channels * divisor, 3, padding=1, groups=channels),
+        "grouped": lambda: nn.Conv2d(channels, divisor * width, 1, groups=divisor),
+        "transposed": lambda: nn.ConvTranspose2d(channels, width, 3, padding=1),
+        "group norm": lambda: nn.GroupNorm(divisor, channels),
+        "batch norm": lambda: nn.BatchNorm2d(channels),
+        "layer norm": lambda: nn.LayerNorm(channels),
+        "attention": lambda: nn.ModuleList([nn.Linear(channels, divisor * width) for _ in "qkv"]),
+        "excite": lambda: nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, channels)),
+        "twice": lambda: nn.Linear(channels, channels, bias=False),
+    }
+
+
+def _made(channels, width, divisor):
+    """How many channels the steps make that make another number of them."""
+    return {
+        **dict.fromkeys(("conv", "linear", "transposed"), width),
+        **dict.fromkeys(("grouped", "attention"), divisor * width),
+        **dict.fromkeys(("concatenate", "repeat"), 2 * channels),
+        **dict.fromkeys(("split", "gate"), channels // 2),
+        "depthwise": channels * divisor,
+        "select": channels - 1,
+    }
 
 
 def _step(kind, layer, x, y, divisor):

@@ -91,7 +91,7 @@ class Algebra:
             while size != 0:
                 if not pending:
                     return self._seam(structure, sizes)
-                term = pending.popleft()
+                term = _next_term(pending)
                 if term.size != size and not _is_less(term.size, size):
                     pair = self._cut_term(term, size) if _is_less(size, term.size) else None
                     if pair is None:
@@ -143,7 +143,7 @@ class Algebra:
     def _walk_terms(self, one: Concatenation, other: Concatenation) -> None:
         left, right = deque(terms(one)), deque(terms(other))
         while left and right:
-            a, b = left.popleft(), right.popleft()
+            a, b = _next_term(left), _next_term(right)
             if a.size == b.size:
                 self.unify(a, b)
                 continue
@@ -215,9 +215,17 @@ class Algebra:
         return [self.fixed_new(size, reason) for size in sizes]
 
     def _seam(self, structure: Structure, sizes: Sequence[Size]) -> list[Structure]:
-        reason = f"cut into {', '.join(map(str, sizes))}, across what it is made of ({structure!r})"
+        shown = ", ".join(str(size) for size in sizes if size != 0)
+        reason = f"cut into {shown}, across what it is made of ({structure!r})"
         self.fix(structure, reason)
         return [self.fixed_new(size, reason) if size != 0 else Concatenation(()) for size in sizes]
+
+
+def _next_term(pending: deque[Structure]) -> Structure:
+    """Take the first term of ``pending``: one that stands there twice may be a concatenation by now."""
+    first, *rest = terms(pending.popleft())
+    pending.extendleft(reversed(rest))
+    return first
 
 
 def _is_less(one: Size, other: Size) -> bool:

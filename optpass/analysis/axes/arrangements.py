@@ -13,6 +13,7 @@ from optpass.analysis.axes.structure import (
     UNIT,
     Concatenation,
     Structure,
+    concatenation,
     is_unit,
     product,
     quotient,
@@ -111,7 +112,7 @@ def _joined(node: Node, walk: Walk, dim: int) -> Dims:
     found = [walk.of(part) for part in parts if shape_of(part) != (0,) or len(walk.shape(node)) == 1]
     others = [walk.replaced(dims, {dim: UNIT}) for dims in found]
     shared = walk.unified(*others)
-    return walk.replaced(shared, {dim: Concatenation(tuple(dims[dim] for dims in found))})
+    return walk.replaced(shared, {dim: concatenation([dims[dim] for dims in found])})
 
 
 @axis_rule(aten.stack.default)
@@ -224,9 +225,22 @@ def slice_scatter(node: Node, walk: Walk) -> Dims:
     elif part[dim].size == dims[dim].size:
         walk.unify(dims[dim], part[dim])
     else:
+        if (start := scattered_from(node, dims[dim].size)) is not None:
+            rest = dims[dim].size - start - part[dim].size
+            walk.unify(walk.algebra.cut(dims[dim], [start, part[dim].size, rest])[1], part[dim])
         walk.fix(dims[dim], "a part of it is replaced")
         walk.fix(part[dim], "replaces a part of another")
     return dims
+
+
+def scattered_from(node: Node, size: Any) -> int | None:
+    """Where, along ``size`` elements, a ``slice_scatter`` of consecutive ones begins; ``None`` where numbers do not
+    say so.
+    """
+    start = argument(node, "start") or 0
+    if argument(node, "step") != 1 or not isinstance(start, int) or (start < 0 and not isinstance(size, int)):
+        return None
+    return max(start + size, 0) if start < 0 else start
 
 
 @axis_rule(aten.outer.default)

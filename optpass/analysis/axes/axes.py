@@ -129,4 +129,4 @@ def _note_attention(graph: Graph, walk: Walk) -> None:
         left, result = walk.of(node.args[-2]), walk.of(node)
         # Of scores the columns, of values the contracted dimension are keys, which softmax fixes.
         walk.head_dims += (*left[-1:], *result[-1:])
-        walk.heads += result[-3:-2] if len(result) > 3 else ()
+        walk.heads += result[-3:-2]

@@ -10,16 +10,20 @@ from typing import Any
 from torch.fx import Node
 
 from optpass.analysis.axes.axes import Axes
-from optpass.analysis.axes.rules import Dims, Walk
+from optpass.analysis.axes.rules import Dims, Walk, dimensions
 from optpass.analysis.axes.structure import Atom, Structure, atoms, is_unit, resolved, terms
 from optpass.analysis.cost import call_shares, parameters_of
-from optpass.analysis.mac_rules import macs_of
+from optpass.analysis.mac_rules import contractions, macs_of
 from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, argument, aten
+from optpass.ir.graph import example_shape
 from optpass.ir.program import Program
 
 Counts = dict[Atom, int]
 """How many elements of an atom stay; all of those that are not named."""
-MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
+MATMULS = (
+    *(aten.matmul.default, aten.mm.default, aten.bmm.default),
+    *(aten.mv.default, aten.dot.default, aten.inner.default),
+)
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
@@ -88,7 +92,9 @@ def _terms(node: Node, walk: Walk) -> list[tuple[float, Dims]]:
         return [(total, (*walk.operand(node, "input"), walk.operand(node, "weight")[1]))]
     if node.target in FUSED_ATTENTION:
         return _attention(node, walk, total)
-    return [(total, ())]
+    if node.target is aten.einsum.default:
+        return _einsum(node, walk)
+    return _bilinear(node, walk, total) if node.target is aten.bilinear.default else [(total, ())]
 
 
 def _attention(node: Node, walk: Walk, total: int) -> list[tuple[float, Dims]]:
@@ -97,6 +103,23 @@ def _attention(node: Node, walk: Walk, total: int) -> list[tuple[float, Dims]]:
     whole = sum(1 if is_unit(width) else width.size for width in widths)
     outer = walk.of(node)[:-1]
     return [(total * (1 if is_unit(width) else width.size) / whole, (*outer, width)) for width in widths]
+
+
+def _einsum(node: Node, walk: Walk) -> list[tuple[float, Dims]]:
+    indices, products = contractions(node)
+    operands: Any = node.args[1]
+    sizes: dict[str, tuple[int, Structure]] = {}
+    for names, operand in zip(indices, operands, strict=True):
+        for name, size, structure in zip(names, example_shape(operand), walk.of(operand), strict=True):
+            sizes[name] = max(sizes.get(name, (0, structure)), (size, structure), key=lambda pair: pair[0])
+    pairs = [[sizes[name] for name in product] for product in products]
+    return [(prod(size for size, _ in pair), tuple(structure for _, structure in pair)) for pair in pairs]
+
+
+def _bilinear(node: Node, walk: Walk, total: int) -> list[tuple[float, Dims]]:
+    result, (_, first, second) = walk.of(node), walk.operand(node, "weight")
+    each = total / (first.size + 1)
+    return [(each * first.size, (*result, first, second)), (each, (*result, second))]
 
 
 def _linear(node: Node, walk: Walk) -> Dims:
@@ -115,10 +138,16 @@ def _added_matmul(node: Node, walk: Walk) -> Dims:
     return (walk.of(argument(node, "mat1" if node.target is aten.addmm.default else "batch1"))[-1],)
 
 
+def _tensordot(node: Node, walk: Walk) -> Dims:
+    dims = walk.of(node.args[0])
+    return tuple(dims[dim] for dim in dimensions(argument(node, "dims_self"), len(dims)))
+
+
 _SUMMED: dict[Any, Callable[[Node, Walk], Dims]] = {
     aten.linear.default: _linear,
     aten.addmm.default: _added_matmul,
     aten.baddbmm.default: _added_matmul,
+    aten.tensordot.default: _tensordot,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys(MATMULS, _matmul),
 }

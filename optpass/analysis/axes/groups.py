@@ -49,8 +49,9 @@ class Group(Sliced):
     """Slices that must be cut at the same indices of ``atom``.
 
     ``kind``: channels between convolutions, the width of a feed-forward, the number of heads of an attention, the
-    width of each of its heads, a residual stream. ``norms`` are the nodes that compute statistics over it: without
-    some of its elements they are others, so that removing an element is not the same as making it zero.
+    width of each of its heads, a residual stream, which several layers write. ``norms`` are the nodes that compute
+    statistics over it: without some of its elements they are others, so that removing an element is not the same as
+    making it zero.
     """
 
     atom: Atom
@@ -112,7 +113,7 @@ def groups_of(walk: Walk, census: Census) -> Iterator[Group]:
             kind = "heads"
         elif atom in head_dims:
             kind = "head-dim"
-        elif atom in streams:
+        elif atom in streams and sum(item.role == "out" for item in slices) > 1:
             kind = "stream"
         elif any(item.weight in convolved and item.role in ("out", "in") for item in slices):
             kind = "conv"

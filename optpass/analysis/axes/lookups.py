@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from optpass.analysis.axes.rules import Dims, Results, Walk, axis_rule, dimension
+from optpass.analysis.axes.structure import UNIT
 from optpass.analysis.operators import argument, aten
+from optpass.ir.graph import value_of
 
 
 @axis_rule(aten.select.int)
@@ -32,22 +35,36 @@ def unbind(node: Node, walk: Walk) -> Results:
 def index(node: Node, walk: Walk) -> Dims:
     """Dimensions that are looked up in go; consecutive ones are replaced by those of the indices."""
     dims, indices = walk.of(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
+    if any(isinstance(value, Node) and value_of(value).dtype == torch.bool for value in indices):
+        return _masked(node, walk)
     places = [place for place, value in enumerate(indices) if value is not None]
     for place in places:
         walk.fix(dims[place], "is looked up in")
+    if any(value_of(indices[place]).dtype == torch.bool for place in places):
+        for place in places:
+            walk.fix_all(walk.of(indices[place]), "is a mask")
+        return tuple(walk.algebra.fixed_new(size, "is what a mask leaves") for size in walk.shape(node))
     looked_up = walk.broadcast(*(indices[place] for place in places))
     rest = [structure for place, structure in enumerate(dims) if place not in places]
     at = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
     return (*rest[:at], *looked_up, *rest[at:])
 
 
+def _masked(node: Node, walk: Walk) -> Dims:
+    """A mask takes as many dimensions as it has, and gives one, as long as the mask says."""
+    reason = "is looked up in by a mask"
+    for operand in node.all_input_nodes:
+        walk.fix_all(walk.of(operand), reason)
+    return tuple(walk.algebra.fixed_new(size, reason) for size in walk.shape(node))
+
+
 @axis_rule(aten.index_select.default)
 def index_select(node: Node, walk: Walk) -> Dims:
-    """Elements at given places."""
-    dims = walk.of(node.args[0])
+    """Elements at given places, as many as there are indices."""
+    dims, places = walk.of(node.args[0]), walk.operand(node, "index")
     dim = dimension(node, "dim", len(dims))
     walk.fix(dims[dim], "is looked up in")
-    return walk.replaced(dims, {dim: walk.new(walk.shape(node)[dim])})
+    return walk.replaced(dims, {dim: places[0] if places else UNIT})
 
 
 @axis_rule(aten.embedding.default)

@@ -118,6 +118,8 @@ def attention(node: Node, walk: Walk) -> Dims:
     walk.unify(query[-1], key[-1])
     walk.unify(key[-2], value[-2])
     walk.fix(key[-2], "softmax runs over it")
+    if argument(node, "is_causal"):
+        walk.fix(query[-2], "is counted along")
     batch = query[:-2]
     for other in (key[:-2], value[:-2]):
         batch = _shared_heads(walk, batch, other)
@@ -125,8 +127,7 @@ def attention(node: Node, walk: Walk) -> Dims:
         stretched = (*batch, query[-2], key[-2])[-len(mask) :]
         walk.unified(stretched, mask)
     walk.head_dims += [query[-1], value[-1]]
-    if len(query) > 3:
-        walk.heads.append(batch[-1])
+    walk.heads += batch[-1:]
     walk.scales.append((node, query[-1]))
     return (*batch, query[-2], value[-1])
 
@@ -153,9 +154,10 @@ def einsum(node: Node, walk: Walk) -> Dims:
     rank = len(walk.shape(node))
     if arrow:
         return tuple(letters[letter] for letter in _letters(output, rank))
-    flat = [letter for term in inputs.split(",") for letter in _letters(term, term.count(""))]
+    flat = inputs.replace("...", "").replace(",", "")
     once = sorted(letter for letter in set(flat) if flat.count(letter) == 1)
-    return tuple(letters[letter] for letter in once)
+    hidden = "..." if "..." in inputs else ""
+    return tuple(letters[letter] for letter in _letters(f"{hidden}{''.join(once)}", rank))
 
 
 def _letters(term: str, rank: int) -> list[str]:

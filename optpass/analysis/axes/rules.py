@@ -89,7 +89,8 @@ class Walk:
         """Walk one operator."""
         self.algebra.place = path_of(node)
         rule = RULES.get(node.target) or (_pointwise if _is_pointwise(node) else _unknown)
-        self.values[node] = rule(node, self)
+        found = rule(node, self)
+        self.values[node] = found if _fits(found, node) else _opaque(node, self, f"{node.target} has a wrong axis rule")
         if node.all_input_nodes and self.stored.issuperset(node.all_input_nodes):
             self.stored.add(node)
 
@@ -199,7 +200,11 @@ def _pointwise(node: Node, walk: Walk) -> Results:
 
 
 def _unknown(node: Node, walk: Walk) -> Results:
-    reason = f"{node.target} has no axis rule"
+    return _opaque(node, walk, f"{node.target} has no axis rule")
+
+
+def _opaque(node: Node, walk: Walk, reason: str) -> Results:
+    """Nothing that ``node`` takes or gives may be cut."""
     for operand in node.all_input_nodes:
         walk.fix_all(_every(walk.values.get(operand, ())), reason)
     value = node.meta["val"]
@@ -208,6 +213,22 @@ def _unknown(node: Node, walk: Walk) -> Results:
     if isinstance(value, Tensor):
         return tuple(walk.algebra.fixed_new(size, reason) for size in sizes_of(value))
     return [tuple(walk.algebra.fixed_new(size, reason) for size in sizes_of(item)) for item in value]
+
+
+def _fits(found: Results, node: Node) -> bool:
+    """Whether structures have the sizes of the node's values, as far as those are numbers."""
+    value = node.meta["val"]
+    if not isinstance(found, list):
+        return not isinstance(value, Tensor) or _has_sizes(found, value)
+    return len(found) == len(value) and all(
+        _has_sizes(dims, item) for dims, item in zip(found, value, strict=True) if isinstance(item, Tensor)
+    )
+
+
+def _has_sizes(dims: Dims, value: Tensor) -> bool:
+    sizes = sizes_of(value)
+    pairs = [(structure.size, size) for structure, size in zip(dims, sizes, strict=False)]
+    return len(dims) == len(sizes) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
 def _every(results: Results) -> list[Structure]:

@@ -30,6 +30,25 @@ def _scales(node: Node, walk: Walk) -> None:
         walk.role(argument(node, "weight"), dim, "scale")
 
 
+@axis_rule(aten._weight_norm.default)
+def weight_norm(node: Node, walk: Walk) -> Dims:
+    """Directions, each of a length of its own: statistics over all dimensions but one."""
+    dims, lengths = walk.of(node.args[0]), walk.of(node.args[1])
+    dim = dimension(node, "dim", len(dims))
+    walk.normalised += [Normalised(node, s) for index, s in enumerate(dims) if index != dim]
+    walk.role(node.args[1], dim, "scale")
+    return walk.unified(dims, lengths)
+
+
+@axis_rule(aten.cosine_similarity.default)
+def cosine_similarity(node: Node, walk: Walk) -> Dims:
+    """Both normalised along a dimension, multiplied and summed over it."""
+    dims = walk.broadcast(node.args[0], node.args[1])
+    dim = dimension(node, "dim", len(dims))
+    walk.normalised.append(Normalised(node, dims[dim]))
+    return dims[:dim] + dims[dim + 1 :]
+
+
 @axis_rule(aten.group_norm.default)
 def group_norm(node: Node, walk: Walk) -> Dims:
     """Statistics over each of equally many channels; a group may cross the seam of a concatenation."""
@@ -149,6 +168,7 @@ def _reduced(node: Node, walk: Walk, dims: Dims, note: Any) -> Results:
 @axis_rule(
     *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default),
     *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
+    *(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default),
     *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default),
     *(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default),
     *(aten.upsample_nearest1d.default, aten.upsample_nearest2d.default, aten.upsample_nearest3d.default),

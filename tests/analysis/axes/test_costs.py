@@ -15,6 +15,7 @@ COUNTED = (
     *("geglu", "qkv, fused", "q, k, v", "attention in two products", "shared heads, enable_gqa", "rotary, halves"),
     *("low rank", "tied weights", "batch matmul", "batch norm", "depthwise, multiplied", "grouped", "excited"),
     *("group norm over a skip", "transposed", "transposed, grouped", "pixel unshuffle", "windows"),
+    *("einsum", "tensordot", "bilinear"),
 )
 
 

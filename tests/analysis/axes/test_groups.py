@@ -57,13 +57,25 @@ def test_one_weight_that_two_layers_read():
 
 
 def test_kinds():
-    names = ("geglu", "attention in two products", "low rank", "depthwise", "einsum")
+    names = ("geglu", "attention in two products", "low rank", "depthwise", "einsum", "heads folded into the batch")
     kinds = {name: [group.kind for group in axes_of(small_net(name)).groups] for name in names}
     assert kinds["geglu"] == ["ffn"]
     assert kinds["attention in two products"] == ["heads", "head-dim", "head-dim"]
     assert kinds["low rank"] == ["stream", "ffn"]
     assert kinds["depthwise"] == ["conv"]
+    assert kinds["heads folded into the batch"][1] == "heads"
     assert kinds["einsum"] == ["ffn", "other"]
+
+
+def test_what_one_layer_writes_is_no_stream():
+    """x + γ·(x·n(x)) inside a feed-forward, as ConvNeXt V2 normalises responses."""
+
+    def body(m, x):
+        y = m.enter(x)
+        return m.leave(y + m.scale * (y * y.norm(dim=1, keepdim=True)))
+
+    [group] = axes_of(net(body, TOKENS, enter=linear(6, 8), scale=table(8), leave=linear(8, 6))).groups
+    assert group.label == "enter [ffn]"
 
 
 def test_every_fixed_axis_says_why_and_where():

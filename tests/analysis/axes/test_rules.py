@@ -9,7 +9,7 @@ from axis_oracle import check_sizes, choices, cut_errors
 from torch import nn
 from torch.nn import functional
 
-from optpass.analysis.axes import axes_of
+from optpass.analysis.axes import Atom, axes_of
 from optpass.analysis.axes.rules import RULES, axis_rule
 from optpass.analysis.axes.structure import atoms
 
@@ -60,6 +60,18 @@ def test_reasons_say_what_and_where(name):
     assert f"{found.fixed[0].atom.size} {found.fixed[0].path}: {found.fixed[0].reason}" == reason
 
 
+def test_a_mask_of_two_dimensions_gives_one():
+    def body(m, x):
+        y = m.enter(x)
+        return m.leave(y[:, torch.eye(5, 8) == 0])
+
+    program = net(body, TOKENS, enter=linear(6, 8), leave=linear(35, 6))
+    found = axes_of(program)
+    check_sizes(program, found)
+    assert found.groups == ()
+    assert {item.reason for item in found.fixed if item.atom.size == 8} == {"is looked up in by a mask ((root))"}
+
+
 class Inner(nn.Module):
     def forward(self, x):
         return x.softmax(-1)
@@ -96,6 +108,36 @@ def test_slices_of_one_weight_side_by_side_are_its_parts():
     [group] = axes_of(program).groups
     assert (group.size, group.slices[0].weight, len(set(group.slices))) == (4, "table", 1)
     assert cut_errors(program, [{0: (0, 3)}])[0] <= 1e-12
+
+
+def test_concatenations_of_concatenations_stay_flat():
+    """Dense connections: a thousand of them, nested, would be more than Python recurses."""
+
+    def body(m, x):
+        for _ in range(4):
+            x = torch.cat([x, m.layer(x[..., :6])], -1)
+        return x.mean(-1)
+
+    program = net(body, TOKENS, layer=linear(6, 2))
+    joined = program.entries["full"].calls[-2]
+    structure = axes_of(program).of(joined)[-1]
+    assert structure.size == 14
+    assert all(isinstance(part, Atom) for part in structure.parts)
+
+
+def test_a_rule_that_is_wrong_is_not_believed():
+    aten = torch.ops.aten
+
+    @axis_rule(aten.cdist.default)
+    def cdist(node, walk):
+        return walk.of(node.args[0])
+
+    try:
+        found = axes_of(net(REASONS["unknown"][0], TOKENS, enter=linear(6, 8)))
+    finally:
+        del RULES[aten.cdist.default]
+    assert found.groups == ()
+    assert found.fixed[0].reason == "aten.cdist.default has a wrong axis rule ((root))"
 
 
 def test_an_authors_rule_holds():
