@@ -21,7 +21,11 @@ from optpass.rewrite.unread_states import without_unread_states
 
 GATE = "prune_gate"
 """The last part of the names of gates, f32 [1]."""
-OPEN = Constant(torch.ones(1))
+
+
+def _open() -> Constant:
+    """A gate's content, its own: equal constants that are one would be merged into one weight."""
+    return Constant(torch.ones(1))
 
 
 def removable(program: Program, candidates: Places, context: Context) -> Places:
@@ -64,8 +68,7 @@ def with_gates(program: Program, chosen: Places) -> Program:
         branches = [(branch, gate_of(unit)) for unit in found for branch in unit.branches]
         # From the last on: what a later branch reads of an earlier one is still in its place.
         for branch, name in sorted(branches, key=lambda pair: -order[pair[0].residual.add]):
-            weights[name] = OPEN
-            _gate(graph, branch, name)
+            _gate(graph, branch, name, weights.setdefault(name, _open()))
     return program.with_weights(weights)
 
 
@@ -110,11 +113,11 @@ def gate_of(unit: Unit) -> str:
     return f"{unit.path}.{GATE}"
 
 
-def _gate(graph: Graph, branch: Branch, name: str) -> None:
+def _gate(graph: Graph, branch: Branch, name: str, content: Expression) -> None:
     add = branch.residual.add
     with graph.before(add):
-        z = graph.weight(name, OPEN, like=add)
-        if (dtype := value_of(branch.residual.branch).dtype) != OPEN.dtype:
+        z = graph.weight(name, content, like=add)
+        if (dtype := value_of(branch.residual.branch).dtype) != content.dtype:
             z = graph.call(aten.to.dtype, z, dtype, like=add)
         result = _gated_blend(graph, branch, z) if branch.blend else _gated_sum(graph, branch, z)
     replace(add, result)
