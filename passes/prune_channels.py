@@ -78,19 +78,16 @@ class PruneChannels(Pass):
         scores = self._scores(program, found, chosen, context)
         plan = _Plan(found, [group for group in chosen if group.atom in scores], scores, self.multiple_of)
         counts = self._counts(plan, program, found)
+        pruned = []
         for group in plan.groups:
-            if self.ratio != 0 and group.atom not in counts:
+            if (count := counts.get(group.atom)) is not None:
+                pruned.append({"group": group.label, "before": group.size, "after": count})
+                context.rewrote(group.label)
+            elif self.ratio != 0:
                 context.decline(group.path, plan.reason(group))
         if not counts:
             return program
-        context.facts["pruning"] = [
-            {"group": group.label, "before": group.size, "after": counts[group.atom]}
-            for group in plan.groups
-            if group.atom in counts
-        ]
-        for group in plan.groups:
-            if group.atom in counts:
-                context.rewrote(group.label)
+        context.facts["pruning"] = pruned
         return cut(program, found, {atom: plan.kept(atom, count) for atom, count in counts.items()})
 
     def _chosen(self, found: Axes, context: Context) -> list[Group]:

@@ -28,6 +28,7 @@ from optpass.analysis.operators import (
     aten,
     is_view,
 )
+from optpass.analysis.readers import Readers, readers_of
 from optpass.ir.graph import path_of
 from optpass.ir.program import Program
 
@@ -124,19 +125,11 @@ class Pairs:
         return found
 
     def _atoms(self, node: Node) -> set[Atom]:
-        value = self.found.walk.values.get(node, ())
-        every = [s for dims in value for s in dims] if isinstance(value, list) else list(value)
-        return {atom for structure in every for atom in atoms(structure)}
+        return {atom for structure in self.found.walk.every(node) for atom in atoms(structure)}
 
     @cached_property
-    def _readings(self) -> Mapping[str, list[Node]]:
-        """Who reads each weight."""
-        found: dict[str, list[Node]] = defaultdict(list)
-        for graph in self.program.entries.values():
-            for node in graph.fx.nodes:
-                if node.op == "get_attr":
-                    found[str(node.target)] += list(node.users)
-        return found
+    def _readings(self) -> Readers:
+        return readers_of(self.program)
 
     def _batches(self, group: Group) -> int:
         """How often the axis stands in each layer, which is the same everywhere: once for every head."""
@@ -156,7 +149,7 @@ class Pairs:
         readers: list[str] = []
         norms: list[str] = []
         for item in group.slices:
-            places = {place for user in self._readings[item.weight] for place in _places(user, item.weight)}
+            places = {place for _, user in self._readings[item.weight] for place in _places(user, item.weight)}
             if len(places) == 1 and (item.role, item.dim, *places) in _WEIGHTS:
                 (writers if item.role == "out" else readers).append(item.weight)
             elif places == {"bias"}:
@@ -232,7 +225,7 @@ class Pairs:
         """The names of the axes that kernels extend over."""
         names: frozenset[str] = frozenset()
         for weight in self._convolutions(weights):
-            for node in self._readings[weight]:
+            for _, node in self._readings[weight]:
                 kernel = [structure.size for structure in self.found.weight(weight)[2:]]
                 spatial = self.found.of(argument(node, "input"))[-len(kernel) :]
                 wide = [s for s, size in zip(spatial, kernel, strict=True) if size != 1]

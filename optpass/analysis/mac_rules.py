@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch.fx import Node
 
 from optpass.analysis.free_operators import is_free
-from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, argument, aten
+from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, TRANSPOSED_CONVOLUTIONS, argument, aten
 from optpass.ir.graph import example_shape as shape_of
 
 Rule = Callable[[Node], int]
@@ -137,7 +137,7 @@ def convolution(node: Node) -> int:
     return math.prod(shape_of(node)) * math.prod(_operand_shape(node, "weight")[1:])
 
 
-@mac_rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+@mac_rule(*TRANSPOSED_CONVOLUTIONS)
 def transposed_convolution(node: Node) -> int:
     """Inputs times (output channels of a group × kernel size): a weight is [in, out / groups, *kernel]."""
     return math.prod(_operand_shape(node, "input")) * math.prod(_operand_shape(node, "weight")[1:])

@@ -93,6 +93,11 @@ CONVOLUTIONS = frozenset(
 )
 """Convolutions as models call them; ``padding`` is given in numbers, or as ``same`` or ``valid``."""
 
+TRANSPOSED_CONVOLUTIONS = frozenset(
+    {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+)
+"""Their transposes, whose weights are [in, out / groups, *kernel]."""
+
 
 def is_view(node: Node) -> bool:
     """Whether the result shares its first operand's storage: what the schema says, casts excepted.

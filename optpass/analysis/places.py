@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from optpass.analysis.readers import Readers
 from optpass.analysis.units import Unit, UnitKind, dead_without, outermost, units
 from optpass.errors import UserError, nearest_paths
 from optpass.ir.graph import Graph, path_of
@@ -89,20 +90,6 @@ class Refusal:
 
     entry: str
     reason: str
-
-
-Readers = Mapping[str, Sequence[tuple[str, Node]]]
-"""Of every weight the operators that read it, with the entry of each."""
-
-
-def readers_of(program: Program) -> Readers:
-    """Who reads the weights of ``program``."""
-    found: dict[str, list[tuple[str, Node]]] = {}
-    for entry, graph in program.entries.items():
-        for node in graph.fx.nodes:
-            if node.op == "get_attr":
-                found.setdefault(str(node.target), []).extend((entry, user) for user in node.users)
-    return found
 
 
 def refusal(program: Program, members: Iterable[Place], readers: Readers) -> Refusal | None:

@@ -30,7 +30,7 @@ from optpass.analysis.axes.structure import (
     quotient,
     resolved,
 )
-from optpass.analysis.operators import CONVOLUTIONS, argument, aten
+from optpass.analysis.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, argument, aten
 from optpass.analysis.pieces import SPLITS, slice_piece
 from optpass.ir.graph import Graph, shape_of
 from optpass.ir.sizes import materialise
@@ -130,14 +130,11 @@ def reshape(node: Node, sizes: NewSizes) -> Arguments:
     return {name: _changed(argument(node, name), sizes.of(node))}
 
 
-@size_rule(aten.expand.default, aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format)
+@size_rule(
+    *(aten.expand.default, aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format),
+    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
+)
 def shaped(node: Node, sizes: NewSizes) -> Arguments:
-    """The shape."""
-    return {"size": _changed(argument(node, "size"), sizes.of(node))}
-
-
-@size_rule(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
-def new(node: Node, sizes: NewSizes) -> Arguments:
     """The shape."""
     return {"size": _changed(argument(node, "size"), sizes.of(node))}
 
@@ -218,7 +215,7 @@ def convolution(node: Node, sizes: NewSizes) -> Arguments:
     return _groups(node, sizes, node.args[0], shape_of(weight), sizes.of(weight)[1])
 
 
-@size_rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+@size_rule(*TRANSPOSED_CONVOLUTIONS)
 def transposed_convolution(node: Node, sizes: NewSizes) -> Arguments:
     """Groups: channels out over those of a group."""
     weight = argument(node, "weight")

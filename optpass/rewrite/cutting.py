@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from optpass.analysis.axes import Axes
-from optpass.analysis.axes.structure import Atom, Kept, Structure, atoms, kept_indices, kept_size
+from optpass.analysis.axes.structure import Atom, Kept, Structure, atoms, is_cut, kept_indices, kept_size
 from optpass.analysis.operators import argument
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
@@ -36,22 +36,23 @@ def cut(program: Program, found: Axes, kept: Kept, weights: Mapping[str, Express
     _check(found, kept)
     kept = {atom: indices for atom, indices in kept.items() if len(indices) != atom.size}
     _write_scales(found, kept)
+    given = weights or {}
     changes = {
-        name: (weights or {}).get(name, selected)
+        name: given.get(name, selected)
         for name, dims in found.walk.weights.items()
         if (selected := selection(program.weights[name], dims, kept)) is not program.weights[name]
     }
-    program = program.with_weights({**(weights or {}), **changes})
+    program = program.with_weights({**given, **changes})
     sizes = NewSizes(found.walk, lambda structure: kept_size(structure, kept))
     for graph in program.entries.values():
-        resize_nodes(graph, sizes, lambda structure: any(atom in kept for atom in atoms(structure)))
+        resize_nodes(graph, sizes, lambda structure: is_cut(structure, kept))
     return program.with_written_states()
 
 
 def selection(expression: Expression, dims: Iterable[Structure], kept: Kept) -> Expression:
     """What stays of a weight whose dimensions are ``dims``; itself where that is everything."""
     for dim, structure in enumerate(dims):
-        if any(atom in kept for atom in atoms(structure)):
+        if is_cut(structure, kept):
             expression = Select(expression, dim, tuple(kept_indices(structure, kept)))
     return expression
 
@@ -62,7 +63,7 @@ def resize_nodes(graph: Graph, sizes: NewSizes, changes: Callable[[Structure], b
     for node in list(graph.fx.nodes):
         if node.op == "output":
             continue
-        if any(map(changes, _structures(sizes, node))):
+        if any(map(changes, sizes.walk.every(node))):
             touched.add(node)
         if node.op == "call_function" and (node in touched or not touched.isdisjoint(node.all_input_nodes)):
             node.meta["val"] = _updated(graph, node, sizes)
@@ -75,11 +76,6 @@ def resize_value(graph: Graph, node: Node, shape: Shape) -> None:
     before = node.meta["val"]
     with graph.mode:
         node.meta["val"] = torch.empty(shape, dtype=before.dtype)
-
-
-def _structures(sizes: NewSizes, node: Node) -> list[Structure]:
-    found = sizes.walk.values.get(node, ())
-    return [s for dims in found for s in dims] if isinstance(found, list) else list(found)
 
 
 def _updated(graph: Graph, node: Node, sizes: NewSizes) -> object:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from optpass.analysis.axes import Atom, Axes, Concatenation, Structure
 from optpass.analysis.axes.rules import Walk
-from optpass.analysis.axes.structure import Size, atoms, factors, quotient, resolved, terms
+from optpass.analysis.axes.structure import Size, atoms, factors, quotient, resolved, sized, terms
 from optpass.ir.graph import Graph, path_of, shape_of
 from optpass.ir.program import Program
 from optpass.ir.sizes import sizes_of
@@ -31,15 +31,7 @@ class Sizes:
 
     def of(self, structure: Structure) -> Size:
         """The new size, as far as it is known; the old one of what was not met yet."""
-        structure = resolved(structure)
-        if isinstance(structure, Atom):
-            return self._known.get(structure, structure.size)
-        if isinstance(structure, Concatenation):
-            return sum(map(self.of, structure.parts))
-        total: Size = 1
-        for part in structure.parts:
-            total = total * self.of(part)
-        return total
+        return sized(structure, lambda atom: self._known.get(atom, atom.size))
 
     def assign(self, structure: Structure, size: Size, place: str) -> None:
         """``structure`` has ``size`` from now on.

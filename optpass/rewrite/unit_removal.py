@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from optpass.analysis.carriers import REARRANGEMENTS
 from optpass.analysis.operators import aten
-from optpass.analysis.places import Place, Places, readers_of, refusal
+from optpass.analysis.places import Place, Places, refusal
+from optpass.analysis.readers import readers_of
 from optpass.analysis.units import Branch, Unit
 from optpass.ir.graph import Graph, value_of
 from optpass.ir.program import Program

@@ -519,6 +519,8 @@ PUBLISHED = {
     30: (4.35, ["*.resnets.*", "down_blocks.[12].*", "up_blocks.1.*", "up_blocks.2.attentions.0"]),
     34: (4.06, ["*.resnets.*", "mid_block.*", "*_blocks.[12].attentions.*", "down_blocks.0.attentions.0"]),
 }
+DOCUMENTED = {27: (6.785, 4.655), 30: (6.167, 4.346), 34: (5.631, 3.996)}
+"""TFLOP in docs/pruning.md: 14 frames everywhere, and 7 inside of the outermost level."""
 
 
 def svd(frames):
@@ -550,6 +552,8 @@ def test_svd_as_published():
             _, record = pruned(program, kind="temporal", remove=patterns)
             assert len(record.sites) == count
             costs.append(record.after)
+        counted = (2 * costs[0].totals.macs / 1e12, scaled_tflops(*costs))
+        assert counted == pytest.approx(DOCUMENTED[count], abs=1e-3)
         assert scaled_tflops(*costs) == pytest.approx(published, rel=0.02)
 
 

@@ -11,10 +11,10 @@ from torch.fx import Node
 
 from optpass.analysis.axes.axes import Axes
 from optpass.analysis.axes.rules import Dims, Walk, dimensions
-from optpass.analysis.axes.structure import Atom, Structure, atoms, is_unit, resolved, terms
+from optpass.analysis.axes.structure import Atom, Structure, atoms, is_unit, sized
 from optpass.analysis.cost import call_shares, parameters_of
 from optpass.analysis.mac_rules import contractions, macs_of
-from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, argument, aten
+from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, TRANSPOSED_CONVOLUTIONS, argument, aten
 from optpass.ir.graph import example_shape
 from optpass.ir.program import Program
 
@@ -24,7 +24,6 @@ MATMULS = (
     *(aten.matmul.default, aten.mm.default, aten.bmm.default),
     *(aten.mv.default, aten.dot.default, aten.inner.default),
 )
-TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,9 @@ def forecast(program: Program, found: Axes) -> Forecast:
 
 def share(structure: Structure, counts: Counts) -> float:
     """The part of ``structure`` that stays."""
-    structure = resolved(structure)
-    if isinstance(structure, Atom):
-        return counts[structure] / structure.size if structure in counts else 1.0
     if not any(atom in counts for atom in atoms(structure)):
         return 1.0
-    parts = terms(structure)
-    if len(parts) == 1:
-        return prod(share(part, counts) for part in structure.parts)
-    return float(sum(part.size * share(part, counts) for part in parts) / structure.size)
+    return float(sized(structure, lambda atom: counts.get(atom, atom.size)) / structure.size)
 
 
 def _terms(node: Node, walk: Walk) -> list[tuple[float, Dims]]:
@@ -88,7 +81,7 @@ def _terms(node: Node, walk: Walk) -> list[tuple[float, Dims]]:
     rule = _SUMMED.get(node.target)
     if rule is not None:
         return [(total, (*result, *rule(node, walk)))]
-    if node.target in TRANSPOSED:
+    if node.target in TRANSPOSED_CONVOLUTIONS:
         return [(total, (*walk.operand(node, "input"), walk.operand(node, "weight")[1]))]
     if node.target in FUSED_ATTENTION:
         return _attention(node, walk, total)

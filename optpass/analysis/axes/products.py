@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from optpass.analysis.axes.rules import Dims, Role, Walk, axis_rule, dimensions
 from optpass.analysis.axes.structure import UNIT, Structure, is_unit, product
-from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, argument, aten
+from optpass.analysis.operators import CONVOLUTIONS, FUSED_ATTENTION, TRANSPOSED_CONVOLUTIONS, argument, aten
 
 
 @axis_rule(aten.linear.default)
@@ -23,39 +23,22 @@ def linear(node: Node, walk: Walk) -> Dims:
     return (*source[:-1], _with_bias(node, walk, weight[0]))
 
 
-@axis_rule(*CONVOLUTIONS)
+@axis_rule(*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 def convolution(node: Node, walk: Walk) -> Dims:
-    """Channels in ~ groups × the weight's second dimension; channels out are its first, groups × those of a group."""
+    """A weight is [out, in / groups, *kernel]; a transposed one's [in, out / groups, *kernel]."""
     source, weight, groups = walk.operand(node, "input"), walk.operand(node, "weight"), argument(node, "groups")
     channel = len(source) - len(weight) + 1
-    out = weight[0]
-    if groups == 1:
-        walk.unify(source[channel], weight[1])
-    else:
+    whole, each = weight[:2]
+    if groups != 1:
         group = walk.new(groups)
-        walk.unify(source[channel], product([group, weight[1]]))
-        walk.unify(out, product([group, walk.new(weight[0].size // groups)]))
-    walk.role(argument(node, "weight"), 0, "out")
-    walk.role(argument(node, "weight"), 1, "in")
-    return (*source[:channel], _with_bias(node, walk, out), *_spatial(node, walk, source[channel + 1 :], weight[2:]))
-
-
-@axis_rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-def transposed_convolution(node: Node, walk: Walk) -> Dims:
-    """A weight is [in, out / groups, *kernel]."""
-    source, weight, groups = walk.operand(node, "input"), walk.operand(node, "weight"), argument(node, "groups")
-    channel = len(source) - len(weight) + 1
-    out = weight[1]
-    if groups == 1:
-        walk.unify(source[channel], weight[0])
-    else:
-        group = walk.new(groups)
-        walk.unify(source[channel], product([group, walk.new(weight[0].size // groups)]))
-        walk.unify(weight[0], source[channel])
-        out = product([group, weight[1]])
-    walk.role(argument(node, "weight"), 0, "in")
-    walk.role(argument(node, "weight"), 1, "out")
-    return (*source[:channel], _with_bias(node, walk, out), *_spatial(node, walk, source[channel + 1 :], weight[2:]))
+        whole = walk.unify(whole, product([group, walk.new(whole.size // groups)]))
+        each = product([group, each])
+    transposed = node.target in TRANSPOSED_CONVOLUTIONS
+    taken, given = (whole, each) if transposed else (each, whole)
+    walk.unify(source[channel], taken)
+    walk.role(argument(node, "weight"), 0, "in" if transposed else "out")
+    walk.role(argument(node, "weight"), 1, "out" if transposed else "in")
+    return (*source[:channel], _with_bias(node, walk, given), *_spatial(node, walk, source[channel + 1 :], weight[2:]))
 
 
 def _with_bias(node: Node, walk: Walk, out: Structure) -> Structure:
@@ -66,7 +49,7 @@ def _with_bias(node: Node, walk: Walk, out: Structure) -> Structure:
 def _spatial(node: Node, walk: Walk, dims: Dims, kernel: Dims) -> Dims:
     rank, shape, result = len(dims), walk.shape(node), []
     strides = _per_dimension(argument(node, "stride"), rank)
-    transposed = "transposed" in str(node.target) or "transpose" in str(node.target)
+    transposed = node.target in TRANSPOSED_CONVOLUTIONS
     for index, (structure, size) in enumerate(zip(dims, kernel, strict=True)):
         walk.fix(size, "is a convolution's kernel")
         after = shape[len(shape) - rank + index]

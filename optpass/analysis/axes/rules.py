@@ -85,6 +85,11 @@ class Walk:
         found = self.values[value] if isinstance(value, Node) and value in self.values else ()
         return tuple(found)  # type: ignore[arg-type]
 
+    def every(self, node: Node) -> list[Structure]:
+        """The dimensions of all results of ``node``."""
+        found = self.values.get(node, ())
+        return [s for dims in found for s in dims] if isinstance(found, list) else list(found)
+
     def visit(self, node: Node) -> None:
         """Walk one operator."""
         self.algebra.place = path_of(node)
@@ -206,7 +211,7 @@ def _unknown(node: Node, walk: Walk) -> Results:
 def _opaque(node: Node, walk: Walk, reason: str) -> Results:
     """Nothing that ``node`` takes or gives may be cut."""
     for operand in node.all_input_nodes:
-        walk.fix_all(_every(walk.values.get(operand, ())), reason)
+        walk.fix_all(walk.every(operand), reason)
     value = node.meta["val"]
     if is_size(node) or value is None:
         return ()
@@ -229,7 +234,3 @@ def _has_sizes(dims: Dims, value: Tensor) -> bool:
     sizes = sizes_of(value)
     pairs = [(structure.size, size) for structure, size in zip(dims, sizes, strict=False)]
     return len(dims) == len(sizes) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
-
-
-def _every(results: Results) -> list[Structure]:
-    return [s for dims in results for s in dims] if isinstance(results, list) else list(results)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -114,13 +114,18 @@ Kept = dict[Atom, tuple[int, ...]]
 """Which indices of an atom stay, ascending; all of those that are not named."""
 
 
-def kept_size(structure: Structure, kept: Kept) -> Size:
-    """The size of ``structure`` when only ``kept`` stays."""
+def sized(structure: Structure, size: Callable[[Atom], Size]) -> Size:
+    """The size of ``structure`` when its atoms have those that ``size`` says."""
     structure = resolved(structure)
     if isinstance(structure, Atom):
-        return len(kept[structure]) if structure in kept else structure.size
-    sizes = [kept_size(part, kept) for part in structure.parts]
+        return size(structure)
+    sizes = [sized(part, size) for part in structure.parts]
     return sum(sizes) if isinstance(structure, Concatenation) else prod(sizes)
+
+
+def kept_size(structure: Structure, kept: Kept) -> Size:
+    """The size of ``structure`` when only ``kept`` stays."""
+    return sized(structure, lambda atom: len(kept[atom]) if atom in kept else atom.size)
 
 
 def kept_indices(structure: Structure, kept: Kept) -> list[int]:
