@@ -45,8 +45,13 @@ def progress_display(quiet: bool = False) -> Iterator[Callable[[str, float], Non
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on stdout; NaN and infinities as null, so that every parser takes it."""
-    sys.stdout.write(json.dumps(finite(value), indent=2) + "\n")
+    """One JSON object on stdout."""
+    sys.stdout.write(json_text(value))
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """One JSON object; NaN and infinities as null, so that every parser takes it."""
+    return json.dumps(finite(value), indent=2) + "\n"
 
 
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
