@@ -216,6 +216,8 @@ def _component_row(record: Mapping[str, Any]) -> list[str]:
 
 
 def _pass_label(item: Mapping[str, Any]) -> str:
+    if item.get("withdrawn"):
+        return f"{item['name']} (rolled back)"
     return f"{item['name']} ({item['sites']} sites)" if item["modified"] else f"{item['name']} (unmodified)"
 
 
@@ -238,7 +240,9 @@ def reasons(declined: Sequence[Mapping[str, str]]) -> dict[str, int]:
 
 def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:
     for gate in report["gates"]:
-        yield f"gate {escape(gate['metric'])} after {escape(gate['after'])}: {gate['value']:.4g}, held"
+        note = f" ({gate['note']})" if gate.get("note") else ""
+        outcome = "held" if gate["held"] else "did not hold"
+        yield f"gate {escape(gate['metric'])} after {escape(gate['after'])}: {gate['value']:.4g}, {outcome}{note}"
     if added := report.get("added"):
         yield f"the original went through {escape(', '.join(added))} too, in plain form"
     if unhealed := report.get("unhealed"):

@@ -69,6 +69,10 @@ class Ratio:
         """Whether the interval leaves out 1, and the difference is not too small: noise does not cover it."""
         return (self.low > 1 or self.high < 1) and abs(self.median - 1) >= RESOLUTION
 
+    def exceeds(self, bound: float) -> bool:
+        """Whether the second engine takes more than ``bound`` times the first's time, beyond noise."""
+        return self.low > bound and self.median >= bound * (1 + RESOLUTION)
+
     def as_dict(self) -> dict[str, float | bool]:
         """The figures by name, and whether the difference is ``certain``; an end that is missing is left out."""
         return {
