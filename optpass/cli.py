@@ -476,10 +476,32 @@ def compare(
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed calls of each, alternating.")] = 20,
     seed: Annotated[int, typer.Option()] = 0,
+    modules: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="DEPTH|PATTERN",
+            help="Only how far modules depart from checkpoint to engine: those so many levels deep, or '*.attn1'.",
+        ),
+    ] = None,
+    component: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--component", help="With --modules: a lowered component (default: the denoiser)."),
+    ] = None,
+    bound: Annotated[float, typer.Option(help="With --modules: dB below which a stage departs.")] = 40.0,
+    drop: Annotated[float, typer.Option(help="With --modules: dB below every module before, likewise.")] = 20.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare numerics, quality and latency of a bundle with another one or with its checkpoint."""
+    """Compare numerics, quality and latency of a bundle with another one or with its checkpoint; or module by module."""
+    if modules is not None:
+        from optpass.console_modules import show
+        from optpass.evaluate.module_differences import module_differences
+
+        with console.progress_display() as progress:
+            found = module_differences(
+                reference, bundle, modules, component=component, bound=bound, drop=drop, seed=seed, progress=progress
+            ).as_json()
+        return console.print_json(found) if as_json else show(found)
     from optpass.evaluate.comparison import compare as compare_models
 
     with console.progress_display() as progress:

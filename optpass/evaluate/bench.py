@@ -25,6 +25,8 @@ TURN = 100.0
 """Milliseconds of calls in a turn, at least."""
 MOST = 100
 """Calls in a turn, at most."""
+PATIENCE = 10.0
+"""Seconds of calls that warm a contestant, at most: whole generations need no three."""
 DRIFT = 0.1
 """By how much a contestant's second half may differ from its first before it is told."""
 OTHERS = 0.1
@@ -157,9 +159,16 @@ def _check_interfaces(processes: Sequence[Process]) -> None:
 
 
 def _warm(entrant: _Entrant, calls: int) -> None:
-    """Call it before anything counts, and see from that how many calls make a turn."""
-    taken = entrant.process.time(1, untimed=max(calls - 1, 0))[0]
-    entrant.calls = min(MOST, max(1, math.ceil(TURN / max(taken, 1e-6))))
+    """Call it before anything counts, for :data:`PATIENCE` at most, and see from that how many calls make a turn."""
+    began = time.monotonic()
+    taken = math.inf
+    for _ in range(max(calls, 1)):
+        last = time.monotonic()
+        entrant.process.time(1)
+        taken = 1e3 * (time.monotonic() - last)
+        if time.monotonic() - began > PATIENCE:
+            break
+    entrant.calls = min(MOST, max(1, math.ceil(TURN / taken)))
 
 
 def _take_turns(entrants: Sequence[_Entrant], effort: Effort, progress: Progress) -> None:

@@ -51,8 +51,10 @@ def engine_latency(scope: Scope, *, runs: int, seed: int) -> Comparison:
             sides.append((label, _together(call_runners(program, runners))))
             scope.progress(f"lower the engine {label} the pass", 1.0)
         loop = shared_loop(before.loop, after.loop)
+        first, second = sides
         return compare_latency(
-            *sides,
+            first,
+            second,
             _calls(before, loop, seed),
             after_calls=_calls(after, loop, seed),
             runs=runs,

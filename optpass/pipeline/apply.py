@@ -129,8 +129,11 @@ def apply(
 
 
 def as_asked(recipe: Recipe, request: Request) -> Recipe:
-    """``recipe`` with what ``request`` says in its place."""
-    return replace(recipe, dtype=request.dtype or recipe.dtype, unhealed=request.unhealed or recipe.unhealed)
+    """``recipe`` with what ``request`` says in its place, so that the lock file says it too."""
+    # Of a recipe for several components, who the inputs are meant for is known once they are captured.
+    inputs = recipe.inputs if recipe.components is not None else {**recipe.inputs, **request.inputs}
+    dtype, accepted = request.dtype or recipe.dtype, request.unhealed or recipe.unhealed
+    return replace(recipe, inputs=inputs, dtype=dtype, unhealed=accepted)
 
 
 def _lowers(recipe: Recipe, request: Request) -> bool:
