@@ -492,7 +492,7 @@ def compare(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare numerics, quality and latency of a bundle with another one or with its checkpoint; or module by module."""
+    """Compare numerics, quality and latency of a bundle with another one or its checkpoint; or module by module."""
     if modules is not None:
         from optpass.console_modules import show
         from optpass.evaluate.module_differences import module_differences

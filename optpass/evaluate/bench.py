@@ -148,8 +148,8 @@ def bench(
 
 
 def _check_interfaces(processes: Sequence[Process]) -> None:
-    first = processes[0]
-    for other in processes[1:]:
+    first, *others = [process for process in processes if process.interface] or processes[:1]
+    for other in others:
         if other.interface != first.interface:
             sides = "\n".join(
                 f"  {process.contestant.label}: {', '.join(process.interface.values()) or 'nothing'}"

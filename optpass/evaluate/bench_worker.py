@@ -34,8 +34,7 @@ class Ready:
     """A loaded engine: ``run`` does one measured piece of work and returns when it is done.
 
     ``calls`` is by how many a piece's time is divided, ``items`` what each of those makes (a batch's). ``interface``
-    is what contestants must have in common, as text by name; ``facts`` go into the result. ``device_memory``
-    gives the bytes that the engine took at most on a device of its own.
+    is what contestants must have in common, as text by name, where there is one; ``facts`` go into the result.
     """
 
     run: Callable[[], None]
@@ -43,15 +42,15 @@ class Ready:
     items: int = 1
     interface: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    device_memory: Callable[[], int] | None = None
 
 
 class Worker:
-    """Answers requests. ``loaded_at`` is the resident memory before the engine came."""
+    """Answers requests: ``loaded_at`` is the memory before the engine came, ``device`` what that took of CUDA."""
 
     def __init__(self) -> None:
         self.ready: Ready | None = None
         self.loaded_at = 0
+        self.device: int | None = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to one request.
@@ -73,8 +72,12 @@ class Worker:
             torch.set_num_threads(threads)
         function = _function(loader)
         _forget_peak()
-        self.loaded_at = _status("VmRSS")
+        self.loaded_at, free = _status("VmRSS"), _free_on_device()
         self.ready = function(**arguments)
+        if free is not None:
+            # What others load later would count below; nobody gives memory back that a call took.
+            self.ready.run()
+            self.device = max(0, free - (_free_on_device() or 0)) or None
         return {
             "items": self.ready.items,
             "interface": dict(self.ready.interface),
@@ -93,9 +96,12 @@ class Worker:
         return {"ms": times}
 
     def _memory(self) -> dict[str, Any]:
-        device = self.ready.device_memory() if self.ready and self.ready.device_memory else None
-        peak = _status("VmHWM")
-        return {"process": self.loaded_at, "peak": peak, "device": device, "cpu_seconds": time.process_time()}
+        return {
+            "process": self.loaded_at,
+            "peak": _status("VmHWM"),
+            "device": self.device,
+            "cpu_seconds": time.process_time(),
+        }
 
 
 def _function(loader: str) -> Callable[..., Ready]:
@@ -107,6 +113,15 @@ def _function(loader: str) -> Callable[..., Ready]:
     path = Path(place)
     sys.path.insert(0, str(path.parent))
     return _function(f"{path.stem}:{name}")
+
+
+def _free_on_device() -> int | None:
+    """Free bytes of the CUDA device, a context of ours on it already; ``None`` where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    free, _ = torch.cuda.mem_get_info()
+    return int(free)
 
 
 def _status(key: str) -> int:
