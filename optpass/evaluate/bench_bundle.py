@@ -76,8 +76,8 @@ def ready(
     home = Path(folder)
     manifest = read_manifest(home)
     verify_files(home, manifest)
-    part = manifest.part(component)
-    module = load_part(home, _with_threads(part, threads))
+    part = _with_threads(manifest.part(component), threads)
+    module = load_part(home, part)
     loop = part.driven()
     if sample and loop is None:
         raise UserError("it is no denoiser that is sampled in steps: leave --sample away")

@@ -15,7 +15,7 @@ from optpass.pipeline.recipe import load_recipe
 from optpass.pipeline.records import LOCK
 from optpass.pipeline.request import Progress, Request
 from optpass.pipeline.target import Target
-from optpass.runtime.bundle import Manifest, PartRecord, read_manifest
+from optpass.runtime.bundle import PartRecord, read_manifest
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,10 @@ def replay(checkpoint: str, bundle: Path, component: str | None, progress: Progr
     if not record.entries:
         raise UserError(f"{bundle} holds a report and no engine: it was made with --structure-only")
     recipe = load_recipe(bundle / LOCK)
-    pipeline = bool(record.origin.get("pipeline"))
-    asked = record.component if record.component and not (pipeline and recipe.components is None) else None
+    # A recipe with components says itself which are captured.
+    asked = record.component if recipe.components is None else ""
     progress("capture", 0.0)
-    request = Request(checkpoint, NOWHERE, component=None if recipe.components is not None else asked)
-    part = _part(captured_parts(recipe, request), manifest, record)
+    part = _part(captured_parts(recipe, Request(checkpoint, NOWHERE, component=asked or None)), record)
     _check_identity(checkpoint, bundle, part, record)
     progress("capture", 1.0)
     reference = Reference(part.original)
@@ -57,7 +56,7 @@ def replay(checkpoint: str, bundle: Path, component: str | None, progress: Progr
     return Replayed(reference.program, program, part.recipe.target_name, part.recipe.target)
 
 
-def _part(parts: list[Part], manifest: Manifest, record: PartRecord) -> Part:
+def _part(parts: list[Part], record: PartRecord) -> Part:
     found = [part for part in parts if part.component == record.component]
     if not found:
         known = ", ".join(part.component or "(the model)" for part in parts)

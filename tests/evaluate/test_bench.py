@@ -35,7 +35,7 @@ from optpass.evaluate.bench_worker import Ready
 
 def sleeper(milliseconds, megabytes=0, gives="a: f32[1]"):
     print("what a library prints")
-    held = bytearray(os.urandom(1) * (megabytes << 20))
+    held = bytearray(b"x") * (megabytes << 20)
     return Ready(lambda: time.sleep(milliseconds / 1e3) or held, items=4, interface={"a": gives})
 
 def killed():
