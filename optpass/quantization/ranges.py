@@ -28,7 +28,6 @@ from optpass.quiet import first_lines, quiet
 
 Estimator = Literal["minmax", "mean-minmax", "percentile", "mean-percentile", "histogram"]
 Correction = Literal["none", "fast", "full"]
-UPDATED = "_updated_constant"
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,8 @@ def _read(placement: Placement, original: GraphModule, found: GraphModule) -> Ra
                 _read_operand(ranges, found, value, reader, nodes[reader.name].args[index])
     for weight in placement.weights:
         name, changed = weight.operator.name, nodes[weight.operator.name]
-        bias = changed.args[2] if len(changed.args) > 2 else None
-        if isinstance(bias, Node) and bias.op == "get_attr" and bias.name.endswith(UPDATED):
+        before, bias = (node.args[2] if len(node.args) > 2 else None for node in (weight.operator, changed))
+        if isinstance(bias, Node) and isinstance(before, Node) and bias.target != before.target:
             ranges.biases[name] = _attribute(found, bias)
     return ranges
 
