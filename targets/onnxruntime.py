@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,9 +12,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.fx import Node
 
-from optpass.errors import MissingValuesError, UserError
-from optpass.interchange.external_data import ExternalData
-from optpass.interchange.onnx_file import OnnxFacts, write_onnx
+from optpass.errors import UserError
+from optpass.interchange.onnx_folder import OnnxFolder, write_onnx_folder
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
 from optpass.ir.weights import WeightStore
@@ -100,28 +98,18 @@ class OnnxRuntime(Target):
             MissingValuesError: the Program was captured structure-only.
             UserError: the graph has no ONNX form, or ONNX Runtime cannot run it.
         """
-        if not program.has_values:
-            raise MissingValuesError("ONNX engines need weight values; the checkpoint was captured structure-only")
-        names = list(program.entries)
-        path = lowering.folder / f"{names[0] if len(names) == 1 else 'weights'}.onnx.data"
-        with ExternalData(path, allow_nonfinite=lowering.allow_nonfinite) as data:
-            facts = {name: self._write(name, program, lowering, data) for name in names}
-        lowered = {name: self._lowered(name, program, lowering, fact) for name, fact in facts.items()}
-        return {name: replace(entry, digests=data.digests, slotted=data.slotted) for name, entry in lowered.items()}
-
-    def _write(self, name: str, program: Program, lowering: Lowering, data: ExternalData) -> OnnxFacts:
-        return write_onnx(
-            program.entries[name],
-            program.weights,
-            lowering.folder / f"{name}.onnx",
-            data,
+        files = write_onnx_folder(
+            program,
+            lowering.folder,
             opset=self.opset,
             optimize=self.optimize,
+            allow_nonfinite=lowering.allow_nonfinite,
             progress=lowering.progress,
         )
+        return {name: self._lowered(name, program, lowering, files) for name in program.entries}
 
-    def _lowered(self, name: str, program: Program, lowering: Lowering, facts: OnnxFacts) -> LoweredEntry:
-        graph, path = program.entries[name], lowering.folder / f"{name}.onnx"
+    def _lowered(self, name: str, program: Program, lowering: Lowering, files: OnnxFolder) -> LoweredEntry:
+        graph, path, facts = program.entries[name], files.paths[name], files.facts[name]
         lowering.progress("load the engine", 0.0)
         # Loaded to run, an engine holds every weight once more, packed for its kernels.
         session = self._session(path, light=facts.bytes > LARGE)
@@ -133,7 +121,7 @@ class OnnxRuntime(Target):
             "named_nodes": round(facts.named, 4),
             "provider": session.get_providers()[0],
         }
-        return LoweredEntry(path.name, graph.inputs, graph.outputs, details)
+        return LoweredEntry(path.name, graph.inputs, graph.outputs, details, files.digests, files.slotted)
 
     @classmethod
     def load(cls, folder: Path, entry: Mapping[str, Any], options: Mapping[str, Any]) -> Runner:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,14 +15,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from optpass.errors import MissingValuesError, UserError
-from optpass.interchange.external_data import ExternalData
-from optpass.interchange.onnx_file import OnnxFacts, write_onnx
+from optpass.errors import UserError
+from optpass.interchange.onnx_file import OnnxFacts, module_path
+from optpass.interchange.onnx_folder import write_onnx_folder
 from optpass.interchange.openvino_ir import SharedIr, converted
 from optpass.ir.program import Program
 from optpass.ir.weights import dtype_from_name
 from optpass.pipeline.onnx_support import onnx_unsupported
-from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target, Unsupported
+from optpass.pipeline.target import Coverage, LoweredEntry, Lowering, Runner, Target, Unsupported
 from optpass.quiet import first_lines
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ INTEGER = {"u8": "i8"}
 """Layers are named by the precision of their first input; int8 kernels take both kinds."""
 REFERENCE = "Reference"
 """The type of a layer that runs in OpenVINO's own plain C++, for want of a kernel."""
+SILENT = frozenset({"Const", "Input", "Output"})
 LARGE = 1 << 30
 WEIGHTS = "weights.bin"
 SHOWN = 5
@@ -95,39 +97,27 @@ class OpenVino(Target):
             MissingValuesError: the Program was captured structure-only.
             UserError: the graph has no ONNX form, OpenVINO cannot convert or compile it, or the device is not there.
         """
-        if not program.has_values:
-            raise MissingValuesError("OpenVINO IR needs weight values; the checkpoint was captured structure-only")
         self._check_device()
         weights = lowering.folder / WEIGHTS
         with tempfile.TemporaryDirectory(dir=lowering.folder, prefix="onnx-") as temporary:
-            facts = self._write_onnx(program, Path(temporary), lowering)
+            files = write_onnx_folder(
+                program,
+                Path(temporary),
+                opset=self.opset,
+                optimize=self.optimize,
+                allow_nonfinite=lowering.allow_nonfinite,
+                progress=lowering.progress,
+            )
             sizes: dict[str, int] = {}
             with SharedIr(weights) as shared:
-                for name in program.entries:
-                    lowering.progress("convert to OpenVINO IR", len(sizes) / len(program.entries))
-                    model = converted(Path(temporary, f"{name}.onnx"))
-                    sizes[name] = shared.add(model, lowering.folder / f"{name}.xml", half=self.half)
-                    del model
+                for name, path in files.paths.items():
+                    lowering.progress("convert to OpenVINO IR", len(sizes) / len(files.paths))
+                    sizes[name] = shared.add(converted(path), lowering.folder / f"{name}.xml", half=self.half)
             lowering.progress("convert to OpenVINO IR", 1.0)
         return {
-            name: self._lowered(name, program, lowering, facts[name], sizes[name], {weights.name: shared.digest})
-            for name in program.entries
+            name: self._lowered(name, program, lowering, facts, sizes[name], {weights.name: shared.digest})
+            for name, facts in files.facts.items()
         }
-
-    def _write_onnx(self, program: Program, folder: Path, lowering: Lowering) -> dict[str, OnnxFacts]:
-        with ExternalData(folder / "weights.onnx.data", allow_nonfinite=lowering.allow_nonfinite) as data:
-            return {
-                name: write_onnx(
-                    graph,
-                    program.weights,
-                    folder / f"{name}.onnx",
-                    data,
-                    opset=self.opset,
-                    optimize=self.optimize,
-                    progress=lowering.progress,
-                )
-                for name, graph in program.entries.items()
-            }
 
     def _lowered(
         self,
@@ -146,13 +136,15 @@ class OpenVino(Target):
             "named_nodes": round(facts.named, 4),
             "device": self.device,
         }
+        covered = None
         lowering.progress("load the engine", 0.0)
         if size > LARGE:
             self._query(path)
         else:
-            details["kernels"] = kernels(self._compiled(path))
+            found = layers(self._compiled(path))
+            details["kernels"], covered = kernels(found), coverage(found)
         lowering.progress("load the engine", 1.0)
-        return LoweredEntry(path.name, graph.inputs, graph.outputs, details, digests)
+        return LoweredEntry(path.name, graph.inputs, graph.outputs, details, digests, coverage=covered)
 
     @classmethod
     def load(cls, folder: Path, entry: Mapping[str, Any], options: Mapping[str, Any]) -> Runner:
@@ -278,21 +270,44 @@ def _copied(tensor: openvino.Tensor, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(tensor.data.copy())
 
 
-def kernels(compiled: openvino.CompiledModel) -> dict[str, int]:
-    """How many layers with products run in which precision, most first: ``{"i8": 53, "f32": 2}``.
+@dataclass(frozen=True)
+class Layer:
+    """One of the layers that run: its type and precision, and the graph's nodes that are in it."""
 
-    ``reference`` counts layers of any kind that run without a kernel of their own.
-    """
-    found: Counter[str] = Counter()
-    for kind, precision in executed(compiled):
-        if kind in PRODUCTS:
-            found[INTEGER.get(precision, precision)] += 1
-        elif kind == REFERENCE:
-            found["reference"] += 1
-    return dict(found.most_common())
+    kind: str
+    precision: str
+    nodes: tuple[str, ...]
 
 
-def executed(compiled: openvino.CompiledModel) -> Iterator[tuple[str, str]]:
-    """Type and precision of every layer that runs."""
-    for layer in compiled.get_runtime_model().get_ordered_ops():
-        yield layer.rt_info["layerType"].astype(str), layer.rt_info["runtimePrecision"].astype(str)
+def layers(compiled: openvino.CompiledModel) -> list[Layer]:
+    """What runs when ``compiled`` is called, in order; constants, inputs and outputs left out."""
+
+    def fact(layer: openvino.Node, key: str) -> str:
+        return str(layer.rt_info[key].astype(str)) if key in layer.rt_info else ""
+
+    return [
+        Layer(
+            fact(layer, "layerType"),
+            fact(layer, "runtimePrecision"),
+            tuple(filter(None, fact(layer, "originalLayersNames").split(","))),
+        )
+        for layer in compiled.get_runtime_model().get_ordered_ops()
+        if fact(layer, "layerType") not in SILENT
+    ]
+
+
+def kernels(found: Iterable[Layer]) -> dict[str, int]:
+    """How many layers with products run in which precision, most first: ``{"i8": 53, "f32": 2}``."""
+    counted = Counter(INTEGER.get(layer.precision, layer.precision) for layer in found if layer.kind in PRODUCTS)
+    return dict(counted.most_common())
+
+
+def coverage(found: Sequence[Layer]) -> Coverage:
+    """Layers for which the device has kernels; what runs in OpenVINO's own C++ instead is ``elsewhere``."""
+    others = [layer for layer in found if layer.kind == REFERENCE]
+    reason = "no kernel of the device, runs in OpenVINO's reference implementation"
+    return Coverage(
+        len(found),
+        len(found) - len(others),
+        tuple(Unsupported(module_path(node), node, reason) for layer in others for node in layer.nodes[:1]),
+    )

@@ -258,6 +258,11 @@ def _name_nodes(model: ir.Model) -> float:
     return named / max(len(model.graph), 1)
 
 
+def module_path(node_name: str) -> str:
+    """The module path of a node by its name in a file of ours."""
+    return node_name.split("/", 1)[0]
+
+
 def _provenance(node: ir.Node) -> tuple[str | None, str]:
     """The module path and the FX value that a node was translated from."""
     scopes = node.metadata_props.get(SCOPES)

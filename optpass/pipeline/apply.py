@@ -30,7 +30,7 @@ from optpass.pipeline.reproducer import Reproducer
 from optpass.pipeline.request import Progress, Request
 from optpass.pipeline.target import LoweredEntry, Lowering
 from optpass.pipeline.verification import Verification
-from optpass.runtime.bundle import BundleWriter, PartRecord, engine_digests, part_record
+from optpass.runtime.bundle import BundleWriter, PartRecord, Verified, engine_digests, part_record
 from optpass.runtime.folder import neural_components
 from optpass.runtime.slot_records import write_slots
 
@@ -115,6 +115,7 @@ def apply(
             folder=main.place,
             parts=[_record(part) for part in others],
             call=recipe.call,
+            verified=_verified(main),
             digests={
                 name: digest for part in others for name, digest in engine_digests(part.engines, part.place).items()
             },
@@ -238,7 +239,7 @@ def _run(part: Part, request: Request, callbacks: Sequence[Callback], progress: 
     reproducer, reference = Reproducer(folder, gates=alone), Reference(part.original)
     own: list[Callback] = [Verification(request.verify, request.seed), gates, reference]
     try:
-        program, records = run_passes(part.original, recipe.steps, [*own, *callbacks, reproducer])
+        program, records = run_passes(part.original, recipe.steps, [*own, *callbacks, reproducer], recipe.target)
     except UserError:
         raise
     except OptpassError as error:
@@ -308,7 +309,7 @@ def _lower(part: Part, request: Request, folder: Path, progress: Progress) -> Pa
 
 def _measured(parts: Sequence[Part], request: Request, folder: Path, progress: Progress) -> list[Part]:
     """The parts with the evidence of those whose target runs here; samples are the first one's."""
-    runnable = [p for p in parts if p.engines and type(p.recipe.target).runs_here and p.program.has_values]
+    runnable = [p for p in parts if p.engines and p.recipe.target.runs() != "elsewhere" and p.program.has_values]
     subjects = [
         Subject(
             part.recipe.target,
@@ -335,7 +336,15 @@ def _settled(recipe: Recipe, parts: Sequence[Part]) -> Recipe:
 
 
 def _record(part: Part) -> PartRecord:
-    return part_record(part.program, part.recipe.target_name, part.recipe.target.as_options(), part.engines, part.place)
+    target, options = part.recipe.target_name, part.recipe.target.as_options()
+    return part_record(part.program, target, options, part.engines, part.place, _verified(part))
+
+
+def _verified(part: Part) -> Verified | None:
+    """What stands in the manifest; ``None`` for a report without engines."""
+    if not part.engines:
+        return None
+    return "numerics" if part.evidence.difference is not None else "compiled-only"
 
 
 def _report(recipe: Recipe, parts: Sequence[Part], request: Request) -> dict[str, Any]:
@@ -386,7 +395,7 @@ def _part_report(part: Part, request: Request) -> dict[str, Any]:
 
 
 def _engine(entry: str, engine: LoweredEntry, place: str) -> dict[str, Any]:
-    details = dict(engine.details)
+    details = engine.facts()
     return {
         "entry": entry,
         "file": PurePosixPath(place, engine.main).as_posix(),

@@ -255,7 +255,7 @@ class _Planner:
             self.refusals.append(note)
             return PassPlan(step, "refused", needs, unrun, executed, note), program
         try:
-            after, record = run_pass(program, step, cost)
+            after, record = run_pass(program, step, cost, self.recipe.target)
         except UserError as error:
             if unrun:
                 note = f"cannot be foreseen without what {', '.join(unrun)} makes: {error}"
@@ -332,7 +332,7 @@ class _Planner:
         """Stages of writing the engines and of the evidence; whether that is collected, and its temporary bytes."""
         read = self._read(result) if self.has_values else 0
         self.stages.append(Stage("lower", read=read, memory=self.held + max(engine.lowering, engine.checking)))
-        if not type(self.recipe.target).runs_here:
+        if self.recipe.target.runs() == "elsewhere":
             return f"not collected: engines of target {self.recipe.target_name!r} do not run here", 0
         if not self.has_values:
             return "not collected: captured structure-only", 0

@@ -78,7 +78,7 @@ def collect_evidence(subjects: Sequence[Subject], request: Request, progress: Pr
                 continue
             after = subject.runners()
             difference = _difference(subject, after, request)
-            if not request.baseline:
+            if not request.baseline or subject.target.runs() == "emulated":
                 found.append(Evidence(difference, verified="numerics"))
                 continue
             before = _lowered_original(subject, request, Path(temporary, str(index)))
@@ -137,7 +137,7 @@ def _runner(target: Target, engine: LoweredEntry, folder: Path) -> Runner:
         "engine": engine.main,
         "inputs": [spec.as_json() for spec in engine.inputs],
         "outputs": [spec.as_json() for spec in engine.outputs],
-        "details": dict(engine.details),
+        "details": engine.facts(),
     }
     return type(target).load(folder, entry, target.as_options())
 

@@ -20,6 +20,7 @@ from optpass.ir.program import Program
 from optpass.ir.text import program_text
 from optpass.pipeline.passes import Context, Declined, Pass
 from optpass.pipeline.recipe import Step
+from optpass.pipeline.target import Target
 
 
 @dataclass
@@ -84,9 +85,11 @@ Callback = Callable[[Event], None]
 
 
 def run_passes(
-    program: Program, steps: Sequence[Step], callbacks: Sequence[Callback] = ()
+    program: Program, steps: Sequence[Step], callbacks: Sequence[Callback] = (), target: Target | None = None
 ) -> tuple[Program, list[PassRecord]]:
     """Run ``steps`` in order over ``program``, which stays as it is; the result and a record per pass.
+
+    ``target`` is what the result will be lowered to.
 
     Callbacks are called in order on every event. One that raises on ``finished`` stops the run, as a
     failing pass does; both are told as a ``failed`` event, whose ``before`` is the Program to reproduce from.
@@ -98,7 +101,7 @@ def run_passes(
     for index, step in enumerate(steps):
         _tell(callbacks, Event("started", index, step, program, original))
         try:
-            after, record = run_pass(program, step, cost)
+            after, record = run_pass(program, step, cost, target)
             reference = step.record.reference(program)
             if reference is not program:
                 # Not the reference itself: what passes before this one changed is to be seen in the end.
@@ -116,7 +119,9 @@ def run_passes(
     return program, records
 
 
-def run_pass(program: Program, step: Step, cost: Cost | None = None) -> tuple[Program, PassRecord]:
+def run_pass(
+    program: Program, step: Step, cost: Cost | None = None, target: Target | None = None
+) -> tuple[Program, PassRecord]:
     """One pass with everything that always holds around it: requires, dialect, honesty, ensures.
 
     Raises:
@@ -130,7 +135,7 @@ def run_pass(program: Program, step: Step, cost: Cost | None = None) -> tuple[Pr
     if refusals := record.requires(program):
         raise UserError(f"pass {name!r} cannot run: {'; '.join(refusals)}")
     cost = cost or measure(program)
-    context = Context()
+    context = Context(target)
     start = time.perf_counter()
     after = record.run(program.copy(), context).pruned()
     seconds = time.perf_counter() - start

@@ -14,6 +14,7 @@ from optpass.ir.graph import path_of
 from optpass.ir.program import Program
 from optpass.pipeline.contract import Contract
 from optpass.pipeline.options import Options, type_text
+from optpass.pipeline.target import Target
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,12 @@ class Declined:
 
 @dataclass
 class Context:
-    """Where a running pass writes what it did. Sites, declined places and facts end up in the report."""
+    """Where a running pass writes what it did. Sites, declined places and facts end up in the report.
 
+    ``target`` is what the Program will be lowered to, where that is known: for passes whose result depends on it.
+    """
+
+    target: Target | None = None
     sites: list[str] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)

@@ -6,9 +6,9 @@ import importlib.util
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ COPIES = 3
 Runner = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """A loaded engine: tensors by input name → tensors by output name."""
 
+Execution = Literal["native", "emulated", "elsewhere"]
+"""How :meth:`Target.load` runs an engine on this machine: as it is meant to, in an emulator, or not at all."""
+
 
 @dataclass(frozen=True)
 class Unsupported:
@@ -34,6 +37,21 @@ class Unsupported:
     path: str
     operator: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which of an engine's ``operators`` the device's own kernels run, as its compiler says.
+
+    ``native`` of them do; the others fall back to something else, as ``elsewhere`` says by module path.
+    """
+
+    operators: int
+    native: int
+    elsewhere: tuple[Unsupported, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,7 @@ class LoweredEntry:
     ``digests`` gives the hex SHA-256 of files (its own or shared ones) that were hashed while they were
     written; the bundle reads every other file once more for its hash. ``slotted`` is where the weights lie
     whose content can be exchanged later, in a file of raw row-major values; entries that share it say the same.
+    ``coverage`` is what runs where, for a device that may not run every operator.
     """
 
     main: str
@@ -60,6 +79,11 @@ class LoweredEntry:
     details: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     slotted: tuple[Placement, ...] = ()
+    coverage: Coverage | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """``details`` and the coverage, for manifest and report."""
+        return {**self.details, **({"coverage": self.coverage.as_json()} if self.coverage else {})}
 
 
 @dataclass(frozen=True)
@@ -84,8 +108,6 @@ class Target(Options):
     """The extra of optpass that installs what this target needs."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Modules that must be importable."""
-    runs_here: ClassVar[bool] = True
-    """Whether :meth:`load` can execute what :meth:`lower` wrote on this machine."""
     structure_only: ClassVar[bool] = False
     """Whether a Program without weight values can be lowered."""
     floats: ClassVar[frozenset[torch.dtype]] = frozenset(PRECISIONS.values())
@@ -93,6 +115,13 @@ class Target(Options):
 
     exchanges: ClassVar[bool] = False
     """Whether its engines' exchangeable weights lie in files of raw values (:attr:`LoweredEntry.slotted`)."""
+
+    def runs(self) -> Execution:
+        """How :meth:`load` runs what :meth:`lower` wrote, with these options on this machine.
+
+        In an emulator numerics mean something and times do not: an engine is then compared, and not timed.
+        """
+        return "native"
 
     @classmethod
     def missing_packages(cls) -> list[str]:

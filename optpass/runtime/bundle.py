@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel
 
@@ -35,6 +35,7 @@ COMPONENTS = "components"
 REFIT = "refit"
 SLOTS_FILE = ".slots.data"
 SCHEMA = 4
+Verified = Literal["numerics", "compiled-only"]
 STEPS = 20
 """Sampling steps where neither the user nor the bundle says how many."""
 
@@ -131,7 +132,9 @@ class RangeRecord(BaseModel):
 class PartRecord(BaseModel):
     """One lowered Program. Its entries' files are relative to ``folder``, which is relative to the bundle.
 
-    ``refit`` is the folder, relative to ``folder``, of the records of weights that can be exchanged.
+    ``refit`` is the folder, relative to ``folder``, of the records of weights that can be exchanged. ``verified``
+    says whether the engines were executed and compared with the original, or only compiled; bundles of older
+    versions do not say.
     """
 
     target: TargetRecord
@@ -141,6 +144,7 @@ class PartRecord(BaseModel):
     origin: dict[str, Any] = {}
     folder: str = "."
     refit: str | None = None
+    verified: Verified | None = None
 
     @property
     def component(self) -> str:
@@ -361,6 +365,7 @@ class BundleWriter:
         parts: Sequence[PartRecord] = (),
         call: Mapping[str, Any] | None = None,
         digests: Mapping[str, str] | None = None,
+        verified: Verified | None = None,
     ) -> Manifest:
         """Add the pipeline's other components and the manifest, with a hash of every file in :attr:`folder`.
 
@@ -378,7 +383,7 @@ class BundleWriter:
             components = COMPONENTS
             copied = copy_components(program.origin, self.folder / COMPONENTS, optimised)
             digests |= {f"{COMPONENTS}/{name}": digest for name, digest in copied.items()}
-        main = part_record(program, target, options, engines, folder)
+        main = part_record(program, target, options, engines, folder, verified)
         manifest = Manifest(
             **dict(main),
             schema_version=SCHEMA,
@@ -432,7 +437,12 @@ def engine_digests(engines: Mapping[str, LoweredEntry], folder: str) -> dict[str
 
 
 def part_record(
-    program: Program, target: str, options: Mapping[str, Any], engines: Mapping[str, LoweredEntry], folder: str
+    program: Program,
+    target: str,
+    options: Mapping[str, Any],
+    engines: Mapping[str, LoweredEntry],
+    folder: str,
+    verified: Verified | None = None,
 ) -> PartRecord:
     """The record of ``program``, lowered to ``engines`` in ``folder`` of the bundle."""
     return PartRecord(
@@ -443,6 +453,7 @@ def part_record(
         origin=program.origin.as_json(),
         folder=folder,
         refit=REFIT if any(engine.slotted for engine in engines.values()) else None,
+        verified=verified,
     )
 
 
@@ -457,7 +468,7 @@ def _entry(program: Program, name: str, engine: LoweredEntry) -> EntryRecord:
         outputs=[TensorRecord(**spec.as_json()) for spec in engine.outputs],
         signature=program.entries[name].signature.as_json(),
         dimensions=program.entries[name].dimensions.as_json() if program.entries[name].dimensions else None,
-        details=dict(engine.details),
+        details=engine.facts(),
     )
 
 

@@ -64,7 +64,7 @@ def _load_part(folder: Path, part: PartRecord) -> EngineModule:
     name = part.target.name
     target = target_class(name)
     target.check_installed(name)
-    if not target.runs_here:
+    if target.of(name, part.target.options).runs() == "elsewhere":
         raise UserError(f"{folder} was built for target {name!r}, which does not run on this machine")
     origin: dict[str, Any] = {
         "config": part.origin.get("config"),
