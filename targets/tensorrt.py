@@ -224,7 +224,7 @@ class Context:
             spec["name"]: (f"{spec['name']}.out" if f"{spec['name']}.out" in known else spec["name"], spec["dtype"])
             for spec in entry["outputs"]
         }
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._lock = Lock()
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,8 +47,10 @@ def biases_first(model: ir.Model) -> int:
     """
     changed = 0
     for node in model.graph:
-        if node.op_type == "Add" and _producer(node, 0, "MatMul") and node.inputs[1].producer() is None:
-            product, bias = node.inputs
+        if node.op_type != "Add" or _producer(node, 0, "MatMul") is None:
+            continue
+        product, bias = node.inputs
+        if bias is not None and bias.producer() is None:
             node.replace_input_with(0, bias)
             node.replace_input_with(1, product)
             changed += 1

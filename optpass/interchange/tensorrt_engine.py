@@ -184,7 +184,7 @@ def _config(tensorrt: Any, builder: Any, building: Building) -> Any:
 
 
 def _writer(tensorrt: Any, file: HashedFile) -> Any:
-    class Writer(tensorrt.IStreamWriter):  # type: ignore[misc, name-defined]
+    class Writer(tensorrt.IStreamWriter):  # type: ignore[misc]
         """Hands the engine on as it is serialised: it is never in memory whole."""
 
         def write(self, data: bytes) -> int:
