@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optpass.capture.precision import PRECISIONS
+from optpass.environments.environment import Environment
 from optpass.errors import UserError
 from optpass.ir.graph import TensorSpec
 from optpass.ir.program import Program
@@ -109,6 +110,8 @@ class Target(Options):
     """The extra of optpass that installs what this target needs."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Modules that must be importable."""
+    environment: ClassVar[Environment | None] = None
+    """Packages that clash with optpass's own, and are installed apart by ``optpass targets install``."""
     structure_only: ClassVar[bool] = False
     """Whether a Program without weight values can be lowered."""
     floats: ClassVar[frozenset[torch.dtype]] = frozenset(PRECISIONS.values())
@@ -134,8 +137,10 @@ class Target(Options):
     def check_installed(cls, name: str) -> None:
         """
         Raises:
-            UserError: a package is missing; the message names the extra that installs it.
+            UserError: a package is missing, or the target's environment; the message says how to install it.
         """
+        if cls.environment is not None:
+            cls.environment.interpreter(name)
         if missing := cls.missing_packages():
             raise UserError(
                 f"target {name!r} needs {', '.join(missing)}, not installed here; "
