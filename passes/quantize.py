@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -17,9 +16,9 @@ from optpass.ir.quantized import DEQUANTIZERS
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context, Pass
 from optpass.quantization.form import CHANNELS, FORMS, PORTABLE, QuantizationForm, WeightScheme
-from optpass.quantization.insertion import Insertion
-from optpass.quantization.placement import Placement, Reason, place, place_weights, weighted
-from optpass.quantization.ranges import Correction, Estimator, Method, Ranges, find_ranges
+from optpass.quantization.placement import Reason, weighted
+from optpass.quantization.program import Quantization
+from optpass.quantization.ranges import Correction, Estimator, Method
 from optpass.quantization.scopes import Fact, facts, left_alone, unmatched
 from optpass.runtime.sampling import LABELS, Asked
 
@@ -110,23 +109,19 @@ class Quantize(Pass):
         return found
 
     def run(self, program: Program, context: Context) -> Program:
-        form, scheme = self._form(context), self._weights()
-        placements = {name: self._placement(graph, form, scheme) for name, graph in program.entries.items()}
-        found: dict[str, Ranges] = {}
-        if self.scheme == "int8" and any(placement.weights for placement in placements.values()):
-            calibration = self._calibrate(program, context)
+        form = self._form(context) if self.scheme == "int8" else None
+        quantization = Quantization.placed(program, form, self._weights(), self._reason)
+        for name, placement in quantization.placements.items():
+            for weight in placement.weights:
+                context.rewrote(weight.operator, name)
+            for node, why in placement.declined:
+                context.decline(node, why, name)
+        if quantization.is_empty:
+            return program
+        if form is not None:
             method = Method(self.estimator, self.bias_correction, self.smooth)
-            for name, placement in placements.items():
-                calls = calibration.entries[name]
-                found[name] = find_ranges(program.entries[name], program.weights, placement, form, calls, method)
-        made: dict[str, Any] = {}
-        for name, placement in placements.items():
-            insertion = Insertion(program.entries[name], program.weights, made, scheme)
-            insertion.insert(placement, found.get(name, Ranges()))
-            if form.integer_bias:
-                insertion.integer_biases()
-            self._report(placement, context, name)
-        return replace(program, weights=program.weights.updated(made))
+            quantization = quantization.calibrated(program, self._calibrate(program, context), method)
+        return quantization.applied(program)
 
     def _form(self, context: Context) -> QuantizationForm:
         if self.form != "auto":
@@ -138,10 +133,6 @@ class Quantize(Pass):
             return CHANNELS
         size = GROUP if self.group_size is None else self.group_size
         return WeightScheme(int(self.scheme[1:]), self.symmetric, size)
-
-    def _placement(self, graph: Graph, form: QuantizationForm, scheme: WeightScheme) -> Placement:
-        reason = self._reason(graph)
-        return place(graph, form, reason) if self.scheme == "int8" else place_weights(graph, scheme, reason)
 
     def _reason(self, graph: Graph) -> Reason:
         known = facts(graph)
@@ -176,13 +167,6 @@ class Quantize(Pass):
         calls = {name: len(calls) for name, calls in found.entries.items()}
         context.facts["calibration_set"] = {"source": found.source, "sha256": found.digest, "calls": calls}
         return found
-
-    @staticmethod
-    def _report(placement: Placement, context: Context, entry: str) -> None:
-        for weight in placement.weights:
-            context.rewrote(weight.operator, entry)
-        for node, why in placement.declined:
-            context.decline(node, why, entry)
 
 
 def _follows_convolution(node: Node) -> bool:

@@ -26,14 +26,16 @@ _loaded: dict[str, Any] = {}
 
 def lower(program: str, entry: str, device: str, engine: str, system: str, memory: str) -> dict[str, Any]:
     """Write ``engine`` from the entry of a saved ``program``; how many operators run on the NPU, and what does not."""
-    import executorch.kernels.quantized  # Registers what quantises between delegates.
+    import executorch.kernels.quantized  # noqa: F401
     from executorch.backends.arm.ethosu import EthosUCompileSpec, EthosUPartitioner
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     exported = saved_programs.read(program, entry)
     spec = EthosUCompileSpec(device, system_config=system or None, memory_mode=memory or None)
-    start, tosa, reasons = len(serving.logged()), {}, {}
+    tosa: dict[Any, Any] = {}
+    reasons: dict[Any, Any] = {}
+    start = len(serving.logged())
     with _recorded(tosa, reasons):
         edge = to_edge_transform_and_lower(
             exported,

@@ -43,7 +43,7 @@ PARTITIONERS: dict[str, Callable[[], list[Any]]] = {
 
 def lower(program: str, entry: str, backend: str, engine: str) -> dict[str, Any]:
     """Write ``engine`` from the entry of a saved ``program``; what its delegates take, and what they leave."""
-    import executorch.kernels.quantized  # Registers what quantises between delegates.
+    import executorch.kernels.quantized  # noqa: F401
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
