@@ -262,6 +262,13 @@ def test_what_cannot_be_measured_is_refused(bundles, arguments, message, monkeyp
 
 
 @pytest.mark.usefixtures("inside")
+def test_an_emulator_has_no_times(bundles, monkeypatch):
+    monkeypatch.setattr(target_class("onnxruntime"), "runs", lambda self: "emulated")
+    with pytest.raises(UserError, match="run in an emulator here, whose times mean nothing"):
+        bench(bundle_contestants([bundles["plain"]]), Effort(runs=1))
+
+
+@pytest.mark.usefixtures("inside")
 def test_an_open_batch_is_chosen_and_threads_are_set(capture_shared, tmp_path):
     program = capture_shared(lambda: nn.Linear(4, 4), {"input": ("batch", 4)}, {"batch": Span(1, 8)})
     folder = write(tmp_path / "open", program)
