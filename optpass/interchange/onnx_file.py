@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from optpass.errors import OptpassError, UserError
 from optpass.interchange.external_data import ExternalData, holds_slot, lazy_tensor
+from optpass.interchange.onnx_quantized import dequantize_last, write_zero_points
 from optpass.interchange.onnx_simplify import simplify
 from optpass.ir.graph import Graph
 from optpass.ir.sizes import unguarded
@@ -47,10 +48,12 @@ def write_onnx(
     *,
     opset: int = 18,
     optimize: bool = True,
+    rewrite: Callable[[ir.Model], object] | None = None,
     progress: Progress = lambda stage, fraction: None,
 ) -> OnnxFacts:
     """Write ``path``, and its weights into ``data``, an open file in the same folder.
 
+    ``rewrite`` changes the optimised model in place, as a compiler behind it likes it; weights have no values yet.
     Inputs and outputs have the signature's names and order; an output that is named as an input is called
     ``NAME.out``, for ONNX has one name for one value.
 
@@ -62,6 +65,7 @@ def write_onnx(
 
     progress("export to ONNX", 0.0)
     model = _exported(graph, opset)
+    dequantize_last(model)
     _make_lazy(model, weights, data.allow_nonfinite)
     progress("export to ONNX", 1.0)
     if optimize:
@@ -69,6 +73,9 @@ def write_onnx(
         if failure := _optimise(model):
             raise failure
         progress("optimise the ONNX graph", 1.0)
+    write_zero_points(model)
+    if rewrite is not None:
+        rewrite(model)
     _name_sizes(model, graph)
     named = _name_nodes(model)
     size = data.unload(model, lambda fraction: progress("write the weights", fraction))
