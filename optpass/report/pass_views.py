@@ -133,7 +133,7 @@ def verdict(words: str) -> Verdict:
     """The state that the words of a verification stand for."""
     if words.startswith("held"):
         return Verdict("good", "✓", words)
-    if not words or words.startswith("not "):
+    if not words or words.startswith(("not ", "compiled only")):
         return Verdict("open", "○", words or "not verified")
     if words.startswith(("broken", "failed", "violated")):
         return Verdict("bad", "✗", words)
