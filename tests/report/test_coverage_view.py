@@ -22,7 +22,10 @@ def test_places_are_grouped_by_operator_and_reason() -> None:
     view = coverage_view(engine(PARTIAL))
     assert view is not None
     assert view.words == "1,197 of 1,200 operators native, 3 elsewhere"
-    assert [(item.operator, item.paths) for item in view.fallen] == [("Erf", ("up.0.act", "up.1.act")), ("Det", ("head",))]
+    assert [(item.operator, item.paths) for item in view.fallen] == [
+        ("Erf", ("up.0.act", "up.1.act")),
+        ("Det", ("head",)),
+    ]
 
 
 def test_an_engine_that_runs_whole_says_so() -> None:

@@ -130,7 +130,11 @@ def test_a_compiler_that_dies_is_one_clear_error(
     ("status", "said", "expected"),
     [
         (-9, "", "killed, most likely for want of memory"),
-        (-11, "\x1b[1;31m2026 x [E:onnxruntime:, q.cc:1 F] Bad graph\x1b[0m", "died of signal 11; its last words: Bad graph"),
+        (
+            -11,
+            "\x1b[1;31m2026 x [E:onnxruntime:, q.cc:1 F] Bad graph\x1b[0m",
+            "died of signal 11; its last words: Bad graph",
+        ),
         (1, "noise\nRuntimeError: no context", "RuntimeError: no context"),
     ],
 )

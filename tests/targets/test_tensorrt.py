@@ -111,9 +111,7 @@ def test_a_refusal_names_module_architecture_and_remedy(captured: Any) -> None:
     )
 
 
-def test_what_the_builder_says_is_one_error_with_the_module(
-    captured: Any, tmp_path: Path
-) -> None:
+def test_what_the_builder_says_is_one_error_with_the_module(captured: Any, tmp_path: Path) -> None:
     target = TensorRT(edition="rtx", compute_capabilities=("SM75",))
     with pytest.raises(UserError, match=r"cannot build full: fc: .*FP32 GEMM is not supported"):
         target.lower(captured("resnet")[0], Lowering(tmp_path))
@@ -147,7 +145,7 @@ class Quantised(nn.Module):
 
 @pytest.mark.parametrize("zero", [0, 3])
 def test_asymmetric_quantisation_is_refused_before_the_parser_does(zero: int) -> None:
-    import torch.ao.quantization.fx._decomposed  # noqa: F401
+    import torch.ao.quantization.fx._decomposed
 
     program, _ = capture_module(lambda: Quantised(zero), x=torch.zeros(2, 8))
     found = [item for item in TensorRT(edition="rtx").supports(program) if "zero point" in item.reason]
