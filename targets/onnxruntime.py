@@ -19,6 +19,7 @@ from optpass.ir.program import Program
 from optpass.ir.weights import WeightStore
 from optpass.pipeline.onnx_support import onnx_unsupported
 from optpass.pipeline.target import COPIES, Footprint, LoweredEntry, Lowering, Runner, Target, Unsupported
+from optpass.quantization.form import CPU, QuantizationForm
 
 SUPPORTED = frozenset(
     {torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
@@ -64,6 +65,7 @@ class OnnxRuntime(Target):
 
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
     exchanges: ClassVar[bool] = True
+    quantization: ClassVar[QuantizationForm] = CPU
     extra: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 

@@ -23,6 +23,7 @@ from optpass.ir.program import Program
 from optpass.ir.weights import dtype_from_name
 from optpass.pipeline.onnx_support import onnx_unsupported
 from optpass.pipeline.target import Coverage, LoweredEntry, Lowering, Runner, Target, Unsupported
+from optpass.quantization.form import CPU, QuantizationForm
 from optpass.quiet import first_lines
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class OpenVino(Target):
     opset: int = Field(18, ge=18, le=23, description="ONNX operator set on the way")
     optimize: bool = Field(True, description="fold constants and simplify the ONNX graph on the way")
 
+    quantization: ClassVar[QuantizationForm] = CPU
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16, torch.bfloat16})
     extra: ClassVar[str] = "openvino"
     packages: ClassVar[tuple[str, ...]] = ("openvino", "onnx", "onnx_ir", "onnxscript")

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from optpass.capture.precision import PRECISIONS
+from optpass.environments.environment import Environment
 from optpass.errors import UserError
 from optpass.ir.graph import TensorSpec
 from optpass.ir.program import Program
 from optpass.ir.slots import Placement, has_slot
 from optpass.pipeline.options import Options
+from optpass.quantization.form import PORTABLE, QuantizationForm
 
 COPIES = 3
 """Of a weight that is being written: its value, what checks it for NaN and Inf, and what goes to the file."""
@@ -108,10 +110,14 @@ class Target(Options):
     """The extra of optpass that installs what this target needs."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Modules that must be importable."""
+    environment: ClassVar[Environment | None] = None
+    """Packages that clash with optpass's own, and are installed apart by ``optpass targets install``."""
     structure_only: ClassVar[bool] = False
     """Whether a Program without weight values can be lowered."""
     floats: ClassVar[frozenset[torch.dtype]] = frozenset(PRECISIONS.values())
     """Dtypes that its engines compute in; a checkpoint of another one is captured in float32, if nobody objects."""
+    quantization: ClassVar[QuantizationForm] = PORTABLE
+    """The form in which its kernels take quantised Programs."""
 
     exchanges: ClassVar[bool] = False
     """Whether its engines' exchangeable weights lie in files of raw values (:attr:`LoweredEntry.slotted`)."""
@@ -131,8 +137,10 @@ class Target(Options):
     def check_installed(cls, name: str) -> None:
         """
         Raises:
-            UserError: a package is missing; the message names the extra that installs it.
+            UserError: a package is missing, or the target's environment; the message says how to install it.
         """
+        if cls.environment is not None:
+            cls.environment.interpreter(name)
         if missing := cls.missing_packages():
             raise UserError(
                 f"target {name!r} needs {', '.join(missing)}, not installed here; "

@@ -1,0 +1,153 @@
+"""Target ``ethos-u`` in ExecuTorch's environment: a quantised program → ``.pte`` through Vela, and Arm's TOSA model.
+
+What the NPU is given is TOSA, which Arm's reference model computes bit by bit; it does so here with the operators
+between, in the process that compiled them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import saved_programs
+import serving
+import torch
+
+SHOWN = 200
+COUNT = re.compile(r"^(CPU|NPU) operators = (\d+)", re.MULTILINE)
+BORDER = ("quantize_per_tensor", "dequantize_per_tensor")
+"""What turns floats into integers and back, where a delegate's tensors come from the outside."""
+_loaded: dict[str, Any] = {}
+
+
+def lower(program: str, entry: str, device: str, engine: str, system: str, memory: str) -> dict[str, Any]:
+    """Write ``engine`` from the entry of a saved ``program``; how many operators run on the NPU, and what does not."""
+    import executorch.kernels.quantized  # noqa: F401
+    from executorch.backends.arm.ethosu import EthosUCompileSpec, EthosUPartitioner
+    from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    exported = saved_programs.read(program, entry)
+    spec = EthosUCompileSpec(device, system_config=system or None, memory_mode=memory or None)
+    tosa: dict[Any, Any] = {}
+    reasons: dict[Any, Any] = {}
+    start = len(serving.logged())
+    with _recorded(tosa, reasons):
+        edge = to_edge_transform_and_lower(
+            exported,
+            transform_passes=[RemoveCloneOpsTransform()],
+            partitioner=[EthosUPartitioner(spec)],
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        )
+    _loaded["built"] = edge.exported_program(), tosa
+    with open(engine, "wb") as file:
+        edge.to_executorch().write_to_file(file)
+    counted = {"CPU": 0, "NPU": 0}
+    for where, count in COUNT.findall(serving.logged()[start:]):
+        counted[where] += int(count)
+    left = list(_left(edge.exported_program().graph_module, reasons))
+    return {
+        "bytes": os.path.getsize(engine),
+        "npu": counted["NPU"],
+        "operators": counted["NPU"] + counted["CPU"] + len(left),
+        "delegates": len(tosa),
+        "left": left[:SHOWN],
+    }
+
+
+@contextmanager
+def _recorded(tosa: dict[bytes, bytes], reasons: dict[str, str]) -> Iterator[None]:
+    """Inside, ``tosa`` gets what the NPU's programs were made from, and ``reasons`` why nodes were refused."""
+    from executorch.backends.arm.ethosu import EthosUBackend
+    from executorch.exir.backend.utils import WhyNoPartitionReporter
+
+    compiled, refused = EthosUBackend._compile_tosa_flatbuffer, WhyNoPartitionReporter.report_reject
+
+    def compile_tosa(flatbuffer: bytes, spec: Any) -> Any:
+        result = compiled(flatbuffer, spec)
+        tosa[bytes(result.processed_bytes)] = bytes(flatbuffer)
+        return result
+
+    def report(self: Any, node: Any, reason: str) -> None:
+        reasons.setdefault(node.name, " ".join(reason.split()))
+        refused(self, node, reason)
+
+    EthosUBackend._compile_tosa_flatbuffer = staticmethod(compile_tosa)
+    WhyNoPartitionReporter.report_reject = report
+    try:
+        yield
+    finally:
+        EthosUBackend._compile_tosa_flatbuffer = staticmethod(compiled)
+        WhyNoPartitionReporter.report_reject = refused
+
+
+def _left(module: Any, reasons: dict[str, str]) -> Iterator[dict[str, str]]:
+    for node in module.graph.nodes:
+        name = str(node.target)
+        if node.op != "call_function" or "executorch_call_delegate" in name or "getitem" in name:
+            continue
+        if not any(each in name for each in BORDER):
+            operator = saved_programs.operator_of(node)
+            yield {
+                "path": saved_programs.path_of(node),
+                "operator": operator,
+                "reason": reasons.get(node.name, ""),
+            }
+
+
+def load(engine: str, tensors: str, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+    """Emulate what was lowered last; its tensors lie in the file ``tensors``."""
+    _loaded["program"] = Emulated(*_loaded["built"])
+    _loaded["inputs"] = [torch.from_numpy(array) for array in serving.mapped(tensors, inputs)]
+    _loaded["outputs"] = [torch.from_numpy(array) for array in serving.mapped(tensors, outputs)]
+
+
+def call() -> None:
+    """Run the emulated engine once."""
+    for place, value in zip(_loaded["outputs"], _loaded["program"](_loaded["inputs"])):  # noqa: B905
+        place.copy_(value)
+
+
+class Emulated(torch.fx.Interpreter):
+    """A lowered program whose delegates Arm's reference model of TOSA computes, and torch the other operators."""
+
+    def __init__(self, program: Any, tosa: dict[bytes, bytes]) -> None:
+        super().__init__(program.graph_module)
+        self.tosa = tosa
+        constants = {**program.state_dict, **program.constants}
+        targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
+        self.placeholders = [
+            constants.get(targets.get(node.name) or "") for node in program.graph.nodes if node.op == "placeholder"
+        ]
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        given = iter(inputs)
+        return self.run(*[next(given) if value is None else value for value in self.placeholders])
+
+    def run_node(self, n: Any) -> Any:
+        """As the interpreter, but for delegates."""
+        if n.op == "get_attr" and hasattr(getattr(self.module, n.target, None), "processed_bytes"):
+            return getattr(self.module, n.target)
+        if "executorch_call_delegate" not in str(n.target):
+            return super().run_node(n)
+        (delegate, *tensors), _ = self.fetch_args_kwargs_from_env(n)
+        values = n.meta["val"]
+        return self._delegate(delegate, tensors, values if isinstance(values, (tuple, list)) else (values,))
+
+    def _delegate(self, delegate: Any, tensors: list[Any], values: Any) -> list[Any]:
+        import tosa_reference_model
+
+        arrays = [np.ascontiguousarray(tensor.numpy()) for tensor in tensors]
+        results, status = tosa_reference_model.run(
+            self.tosa[bytes(delegate.processed_bytes)], arrays, initialize_variable_tensor_from_numpy=1
+        )
+        if status != tosa_reference_model.GraphStatus.TOSA_VALID:
+            raise RuntimeError(f"the TOSA reference model refuses the program: {status}")
+        return [
+            torch.from_numpy(np.array(result)).view(value.dtype).reshape(value.shape)
+            for result, value in zip(results, values)  # noqa: B905
+        ]
