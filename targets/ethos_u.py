@@ -17,6 +17,7 @@ from optpass.interchange.storage import save_program
 from optpass.ir.graph import Graph
 from optpass.ir.program import Program
 from optpass.pipeline.target import Execution, Footprint, LoweredEntry, Lowering, Unsupported
+from optpass.quantization.form import INTEGER, QuantizationForm
 
 FALLBACK = "the NPU takes no such operator: the processor beside it runs it"
 COMPILER = 700 << 20
@@ -64,6 +65,7 @@ class EthosU(RebuildingTarget):
         {torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool}
     )
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32})
+    quantization: ClassVar[QuantizationForm] = INTEGER
 
     def runs(self) -> Execution:
         """Arm's reference model computes what the NPU does, at the speed of this CPU."""

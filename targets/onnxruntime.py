@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,45 +12,18 @@ from pydantic import Field
 from torch import Tensor
 from torch.fx import Node
 
-from optpass.analysis.operators import argument, aten
 from optpass.errors import UserError
-from optpass.interchange.onnx_file import untranslatable
 from optpass.interchange.onnx_folder import OnnxFolder, write_onnx_folder
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
-from optpass.ir.text import operator_name
-from optpass.ir.weights import WeightStore, dtype_name
+from optpass.ir.weights import WeightStore
+from optpass.pipeline.onnx_support import onnx_unsupported
 from optpass.pipeline.target import COPIES, Footprint, LoweredEntry, Lowering, Runner, Target, Unsupported
+from optpass.quantization.form import CPU, QuantizationForm
 
 SUPPORTED = frozenset(
     {torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 )
-DOUBLE = frozenset(
-    [
-        "arange",
-        "arange.start",
-        "arange.start_step",
-        "cat",
-        "cos",
-        "div.Tensor",
-        "expand",
-        "mul.Scalar",
-        "mul.Tensor",
-        "outer",
-        "pow.Scalar",
-        "pow.Tensor_Scalar",
-        "reciprocal",
-        "repeat_interleave.self_int",
-        "reshape",
-        "sin",
-        "slice.Tensor",
-        "stack",
-        "to.dtype",
-        "unsqueeze",
-        "_to_copy",
-    ]
-)
-"""Operators whose CPU kernels take f64: those in which models compute the angles of rotary embeddings."""
 LEVELS = {
     "all": "ORT_ENABLE_ALL",
     "extended": "ORT_ENABLE_EXTENDED",
@@ -65,8 +38,6 @@ NODE_IN_MEMORY = 40 << 10
 NODE_ON_DISK, LETTER_ON_DISK = 140, 33
 """Bytes of a node, and for each letter of its module path, which stands in it with those of all modules around."""
 MACHINE_WORD = 4
-DIVISIBLE = (aten.avg_pool2d.default, aten.avg_pool3d.default)
-"""Average pools that take a divisor, which their translation passes over."""
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose", "aten.convolution")
 
 
@@ -94,12 +65,15 @@ class OnnxRuntime(Target):
 
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
     exchanges: ClassVar[bool] = True
+    quantization: ClassVar[QuantizationForm] = CPU
     extra: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
     def supports(self, program: Program) -> list[Unsupported]:
         """Operators without a translation to ONNX, and dtypes without kernels, by module path."""
-        return [found for graph in program.entries.values() for found in _unsupported(graph)]
+        return [
+            found for graph in program.entries.values() for found in onnx_unsupported(graph, SUPPORTED, "ONNX Runtime")
+        ]
 
     def predict(self, program: Program) -> Footprint:
         """Files: the weights, and for each node its ONNX translation with its module path.
@@ -248,33 +222,3 @@ def _footprint(graph: Graph, weights: WeightStore) -> Footprint:
 
 def _convolves(node: Node) -> bool:
     return str(node.target).startswith(CONVOLUTIONS)
-
-
-def _unsupported(graph: Graph) -> Iterator[Unsupported]:
-    for spec in (*graph.inputs, *graph.outputs):
-        if spec.dtype not in SUPPORTED:
-            yield Unsupported("(interface)", spec.name, _dtype_reason(spec.dtype))
-    for node in graph.calls:
-        for dtype in _dtypes(node):
-            if dtype not in SUPPORTED and not (dtype == torch.float64 and operator_name(node) in DOUBLE):
-                yield Unsupported(path_of(node), operator_name(node), _dtype_reason(dtype))
-                break
-    for node in graph.calls:
-        if node.target in DIVISIBLE and argument(node, "divisor_override") is not None:
-            yield Unsupported(path_of(node), operator_name(node), "ONNX averages over the window: divisor_override")
-    for node in untranslatable(graph):
-        yield Unsupported(path_of(node), operator_name(node), "ONNX has no translation of this operator")
-
-
-def _dtypes(node: Node) -> list[torch.dtype]:
-    value = node.meta["val"]
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [item.dtype for item in values if isinstance(item, Tensor)]
-
-
-def _dtype_reason(dtype: torch.dtype) -> str:
-    advice = {
-        torch.bfloat16: "; cast to f16 or f32",
-        torch.float64: "; capture or cast to f32",
-    }.get(dtype, "")
-    return f"ONNX Runtime has no {dtype_name(dtype)} kernels for it{advice}"

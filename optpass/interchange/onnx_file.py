@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from optpass.errors import OptpassError, UserError
 from optpass.interchange.external_data import ExternalData, holds_slot, lazy_tensor
+from optpass.interchange.onnx_quantized import dequantize_last, write_zero_points
 from optpass.interchange.onnx_simplify import simplify
 from optpass.ir.graph import Graph
 from optpass.ir.sizes import unguarded
@@ -62,6 +63,7 @@ def write_onnx(
 
     progress("export to ONNX", 0.0)
     model = _exported(graph, opset)
+    dequantize_last(model)
     _make_lazy(model, weights, data.allow_nonfinite)
     progress("export to ONNX", 1.0)
     if optimize:
@@ -69,6 +71,7 @@ def write_onnx(
         if failure := _optimise(model):
             raise failure
         progress("optimise the ONNX graph", 1.0)
+    write_zero_points(model)
     _name_sizes(model, graph)
     named = _name_nodes(model)
     size = data.unload(model, lambda fraction: progress("write the weights", fraction))

@@ -194,7 +194,8 @@ class Graph:
         for name in self.weight_names:
             value = values[name] if values and name in values else weights[name].evaluate()
             root[name] = value.to(dtype) if dtype and value.is_floating_point() else value
-        return graph_module(root, self.fx)
+        # A module owns its graph, and asks it for the tensors of whatever is inserted later.
+        return graph_module(root, self.copy().fx)
 
     def structure(self) -> GraphModule:
         """The graph as a module with fake weights: to export, never to run."""

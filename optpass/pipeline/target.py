@@ -20,6 +20,7 @@ from optpass.ir.graph import TensorSpec
 from optpass.ir.program import Program
 from optpass.ir.slots import Placement, has_slot
 from optpass.pipeline.options import Options
+from optpass.quantization.form import PORTABLE, QuantizationForm
 
 COPIES = 3
 """Of a weight that is being written: its value, what checks it for NaN and Inf, and what goes to the file."""
@@ -115,6 +116,8 @@ class Target(Options):
     """Whether a Program without weight values can be lowered."""
     floats: ClassVar[frozenset[torch.dtype]] = frozenset(PRECISIONS.values())
     """Dtypes that its engines compute in; a checkpoint of another one is captured in float32, if nobody objects."""
+    quantization: ClassVar[QuantizationForm] = PORTABLE
+    """The form in which its kernels take quantised Programs."""
 
     exchanges: ClassVar[bool] = False
     """Whether its engines' exchangeable weights lie in files of raw values (:attr:`LoweredEntry.slotted`)."""

@@ -31,9 +31,11 @@ def lower(program: str, entry: str, device: str, engine: str, system: str, memor
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    exported = saved_programs.read(program, entry)
+    exported = saved_programs.read(program, entry, mark_integers)
     spec = EthosUCompileSpec(device, system_config=system or None, memory_mode=memory or None)
-    start, tosa, reasons = len(serving.logged()), {}, {}
+    start = len(serving.logged())
+    tosa: dict[bytes, bytes] = {}
+    reasons: dict[str, str] = {}
     with _recorded(tosa, reasons):
         edge = to_edge_transform_and_lower(
             exported,
@@ -55,6 +57,29 @@ def lower(program: str, entry: str, device: str, engine: str, system: str, memor
         "delegates": len(tosa),
         "left": left[:SHOWN],
     }
+
+
+def mark_integers(module: Any) -> None:
+    """Say of every operator between integers that it is one of integers.
+
+    Arm's partitioner takes only what its own quantiser has marked so, in each node's ``custom`` metadata.
+    """
+    from executorch.backends.arm.common.annotation_meta import ArmAnnotationInfo
+
+    for node in module.graph.nodes:
+        if node.op == "call_function" and _of_integers(node):
+            mark = dict(ArmAnnotationInfo(quantized=True))
+            node.meta["custom"] = {**node.meta.get("custom", {}), ArmAnnotationInfo.CUSTOM_META_KEY: mark}
+
+
+def _of_integers(node: Any) -> bool:
+    """Whether ``node`` computes what was, or will be, integers."""
+    if "quantize_per" in str(node.target):
+        return False
+    computed = [each for each in node.all_input_nodes if each.op in ("call_function", "placeholder")]
+    return any("dequantize_per" in str(each.target) for each in computed) or all(
+        "quantize_per" in str(each.target) for each in node.users
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ DTYPES = {
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def read(folder: str, entry: str) -> Any:
+def read(folder: str, entry: str, prepare: Callable[[Any], None] = lambda module: None) -> Any:
     """The entry of the Program saved in ``folder``, traced again over its values, every node with its module's path.
+
+    ``prepare`` may edit the module before.
 
     Attention is written out as products and a softmax: torch's own form also watches for rows that hide
     everything, in operators that no device has.
@@ -44,6 +47,7 @@ def read(folder: str, entry: str) -> Any:
     inputs = values[len(exported.graph_signature.parameters) + len(exported.graph_signature.buffers) :]
     module = exported.module(check_guards=False)
     _write_out_attention(module)
+    prepare(module)
     example = tuple(torch.zeros(value.shape, dtype=value.dtype) for value in inputs)
     return torch.export.export(module, example, strict=False)
 

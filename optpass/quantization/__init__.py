@@ -1,0 +1,1 @@
+"""Quantisation: where quantisers go, what their ranges are, and how they are put into a graph."""
