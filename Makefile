@@ -7,7 +7,7 @@ CHECKPOINT := tests/checkpoints/moving-digits
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format results bench bench-lora bench-caching bench-pruning wheel clean
+.PHONY: help install demo test test-all lint format results bench bench-lora bench-caching bench-pruning bench-gpu wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,6 +56,10 @@ bench-caching: $(STAMP)  ## cache-features beside DeepCache on moving-digits; wr
 bench-pruning: $(STAMP)  ## prune-channels beside Torch-Pruning, quality of moving-digits; writes docs/results/pruning.md
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[peers]'
 	$(BIN)/python tests/benchmarks/pruning.py --out docs/results/pruning.md
+
+bench-gpu: $(STAMP)  ## Denoisers on CUDA beside PyTorch's own ways; writes docs/results/gpu.md (exit 3 without a GPU)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[peers]'
+	$(BIN)/python tests/benchmarks/gpu.py --out docs/results/gpu.md
 
 format: $(STAMP)  ## Format in place
 	$(BIN)/ruff check --fix .

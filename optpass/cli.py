@@ -476,10 +476,32 @@ def compare(
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed calls of each, alternating.")] = 20,
     seed: Annotated[int, typer.Option()] = 0,
+    modules: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="DEPTH|PATTERN",
+            help="Only how far modules depart from checkpoint to engine: those so many levels deep, or '*.attn1'.",
+        ),
+    ] = None,
+    component: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--component", help="With --modules: a lowered component (default: the denoiser)."),
+    ] = None,
+    bound: Annotated[float, typer.Option(help="With --modules: dB below which a stage departs.")] = 40.0,
+    drop: Annotated[float, typer.Option(help="With --modules: dB below every module before, likewise.")] = 20.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare numerics, quality and latency of a bundle with another one or with its checkpoint."""
+    """Compare numerics, quality and latency of a bundle with another one or its checkpoint; or module by module."""
+    if modules is not None:
+        from optpass.console_modules import show
+        from optpass.evaluate.module_differences import module_differences
+
+        with console.progress_display() as progress:
+            found = module_differences(
+                reference, bundle, modules, component=component, bound=bound, drop=drop, seed=seed, progress=progress
+            ).as_json()
+        return console.print_json(found) if as_json else show(found)
     from optpass.evaluate.comparison import compare as compare_models
 
     with console.progress_display() as progress:
@@ -500,6 +522,64 @@ def compare(
         ]
         console.out.print(console.table("", headers, rows))
     return None
+
+
+@app.command()
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles' folders; the others are told against the first.")],
+    runs: Annotated[int, typer.Option(min=1, help="Turns of each; fewer than 8 tell no difference.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Calls of each before anything counts.")] = 3,
+    seconds: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="Measure for so long, all together, instead of --runs."),
+    ] = None,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Threads of every engine; by default as each was built for."),
+    ] = None,
+    batch: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Batch of engines that have it open; by default as captured."),
+    ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Time whole generations of a denoiser, step after step by its schedule.")
+    ] = False,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Steps of --sample; 20, or as many as the bundle was made for."),
+    ] = None,
+    component: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--component", help="A lowered component of a pipeline (default: its denoiser)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("-o", "--out", help="Write the table to FILE.md, or everything to FILE.json."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure bundles side by side: latency, throughput and memory, in alternating turns, a process each."""
+    from optpass.console_bench import markdown, show
+    from optpass.evaluate.bench import Effort
+    from optpass.evaluate.bench import bench as measure
+    from optpass.evaluate.bench_bundle import bundle_contestants
+
+    if out is not None:
+        _one_of("--out", out.suffix, (".md", ".json"))
+    if steps is not None and not sample:
+        raise UserError("--steps are those of --sample")
+    contestants = bundle_contestants(
+        bundles, component=component, threads=threads, batch=batch, steps=steps, sample=sample, seed=seed
+    )
+    with console.progress_display() as progress:
+        found = measure(contestants, Effort(runs, warmup, seconds, threads), progress=progress)
+    command = shlex.join(["optpass", *sys.argv[1:]])
+    record = {"command": command, **found.as_json()}
+    if out is not None:
+        out.write_text(markdown(record, command) if out.suffix == ".md" else console.json_text(record), "utf-8")
+    return console.print_json(record) if as_json else show(record)
 
 
 @app.command("new-pass")

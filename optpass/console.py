@@ -45,8 +45,13 @@ def progress_display(quiet: bool = False) -> Iterator[Callable[[str, float], Non
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on stdout; NaN and infinities as null, so that every parser takes it."""
-    sys.stdout.write(json.dumps(finite(value), indent=2) + "\n")
+    """One JSON object on stdout."""
+    sys.stdout.write(json_text(value))
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """One JSON object; NaN and infinities as null, so that every parser takes it."""
+    return json.dumps(finite(value), indent=2) + "\n"
 
 
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
@@ -211,6 +216,8 @@ def _component_row(record: Mapping[str, Any]) -> list[str]:
 
 
 def _pass_label(item: Mapping[str, Any]) -> str:
+    if item.get("withdrawn"):
+        return f"{item['name']} (rolled back)"
     return f"{item['name']} ({item['sites']} sites)" if item["modified"] else f"{item['name']} (unmodified)"
 
 
@@ -233,7 +240,9 @@ def reasons(declined: Sequence[Mapping[str, str]]) -> dict[str, int]:
 
 def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:
     for gate in report["gates"]:
-        yield f"gate {escape(gate['metric'])} after {escape(gate['after'])}: {gate['value']:.4g}, held"
+        note = f" ({gate['note']})" if gate.get("note") else ""
+        outcome = "held" if gate["held"] else "did not hold"
+        yield f"gate {escape(gate['metric'])} after {escape(gate['after'])}: {gate['value']:.4g}, {outcome}{note}"
     if added := report.get("added"):
         yield f"the original went through {escape(', '.join(added))} too, in plain form"
     if unhealed := report.get("unhealed"):

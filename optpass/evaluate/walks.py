@@ -79,9 +79,19 @@ def call_trials(
 
 
 def timed_calls(
-    call: Interface, ranges: Mapping[str, InputRange], seed: int, *, loop: Loop | None = None
+    call: Interface,
+    ranges: Mapping[str, InputRange],
+    seed: int,
+    *,
+    loop: Loop | None = None,
+    sizes: Mapping[str, int] | None = None,
+    steps: int | None = None,
 ) -> list[dict[str, Tensor]]:
-    """What a latency is taken of: one random call, or of a loop a walk of :func:`timed_length`."""
-    if loop is None or loop.stateless:
-        return [random_inputs(call.inputs_at(), ranges, seed)]
-    return walk(loop, call.inputs_at(), ranges, seed, timed_length(loop))
+    """What a latency is taken of: one random call, or of a loop a walk of :func:`timed_length`.
+
+    Open dimensions are at ``sizes``, or as they were captured. With ``steps`` it is a whole generation of so many.
+    """
+    specs = call.inputs_at(sizes)
+    if loop is None or (loop.stateless and steps is None):
+        return [random_inputs(specs, ranges, seed)]
+    return walk(loop, specs, ranges, seed, timed_length(loop) if steps is None else steps)

@@ -48,10 +48,12 @@ def write_onnx(
     *,
     opset: int = 18,
     optimize: bool = True,
+    rewrite: Callable[[ir.Model], object] | None = None,
     progress: Progress = lambda stage, fraction: None,
 ) -> OnnxFacts:
     """Write ``path``, and its weights into ``data``, an open file in the same folder.
 
+    ``rewrite`` changes the optimised model in place, as a compiler behind it likes it; weights have no values yet.
     Inputs and outputs have the signature's names and order; an output that is named as an input is called
     ``NAME.out``, for ONNX has one name for one value.
 
@@ -72,6 +74,8 @@ def write_onnx(
             raise failure
         progress("optimise the ONNX graph", 1.0)
     write_zero_points(model)
+    if rewrite is not None:
+        rewrite(model)
     _name_sizes(model, graph)
     named = _name_nodes(model)
     size = data.unload(model, lambda fraction: progress("write the weights", fraction))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from optpass.errors import MissingValuesError
 from optpass.interchange.external_data import ExternalData
 from optpass.interchange.onnx_file import OnnxFacts, Progress, write_onnx
 from optpass.ir.program import Program
 from optpass.ir.slots import Placement
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,13 @@ def write_onnx_folder(
     *,
     opset: int = 18,
     optimize: bool = True,
+    rewrite: Callable[[ir.Model], object] | None = None,
     allow_nonfinite: bool = False,
     progress: Progress = lambda stage, fraction: None,
 ) -> OnnxFolder:
     """Write ``ENTRY.onnx`` for every entry; weights go to ``ENTRY.onnx.data``, of several to ``weights.onnx.data``.
+
+    ``rewrite`` as for :func:`~optpass.interchange.onnx_file.write_onnx`.
 
     Raises:
         MissingValuesError: the Program was captured structure-only.
@@ -50,7 +57,14 @@ def write_onnx_folder(
     with ExternalData(path, allow_nonfinite=allow_nonfinite) as data:
         facts = {
             name: write_onnx(
-                graph, program.weights, paths[name], data, opset=opset, optimize=optimize, progress=progress
+                graph,
+                program.weights,
+                paths[name],
+                data,
+                opset=opset,
+                optimize=optimize,
+                rewrite=rewrite,
+                progress=progress,
             )
             for name, graph in program.entries.items()
         }

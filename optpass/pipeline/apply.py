@@ -17,14 +17,13 @@ from optpass.capture.precision import precision
 from optpass.capture.sources import capture, capture_pipeline
 from optpass.capture.spans import Sizes
 from optpass.errors import OptpassError, UserError, nearest
-from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
 from optpass.pipeline.evidence import Evidence, Subject, collect_evidence
-from optpass.pipeline.gates import Gate
+from optpass.pipeline.gatekeeper import GateKeeper
 from optpass.pipeline.ladder import Climb, ladder
 from optpass.pipeline.loop_record import loop_record
 from optpass.pipeline.manager import Callback, Event, PassRecord, run_passes
-from optpass.pipeline.recipe import OTHERS, Recipe, Step, check_legality, unhealed
+from optpass.pipeline.recipe import OTHERS, Recipe, Step, check_legality, refuse_gates, unhealed
 from optpass.pipeline.records import machine, write_records
 from optpass.pipeline.reproducer import Reproducer
 from optpass.pipeline.request import Progress, Request
@@ -67,6 +66,11 @@ class Part:
     @property
     def component(self) -> str:
         return self.original.origin.component
+
+    @property
+    def kept_steps(self) -> tuple[Step, ...]:
+        """The passes that made ``program``, with the options that they settled."""
+        return tuple(Step(record.name, record.record) for record in self.records if not record.withdrawn)
 
 
 def apply(
@@ -125,8 +129,11 @@ def apply(
 
 
 def as_asked(recipe: Recipe, request: Request) -> Recipe:
-    """``recipe`` with what ``request`` says in its place."""
-    return replace(recipe, dtype=request.dtype or recipe.dtype, unhealed=request.unhealed or recipe.unhealed)
+    """``recipe`` with what ``request`` says in its place, so that the lock file says it too."""
+    # Of a recipe for several components, who the inputs are meant for is known once they are captured.
+    inputs = recipe.inputs if recipe.components is not None else {**recipe.inputs, **request.inputs}
+    dtype, accepted = request.dtype or recipe.dtype, request.unhealed or recipe.unhealed
+    return replace(recipe, inputs=inputs, dtype=dtype, unhealed=accepted)
 
 
 def _lowers(recipe: Recipe, request: Request) -> bool:
@@ -232,11 +239,14 @@ def _capture_components(recipe: Recipe, request: Request) -> list[Part]:
 
 def _run(part: Part, request: Request, callbacks: Sequence[Callback], progress: Progress) -> Part:
     recipe = part.recipe
-    gates = GateKeeper(recipe.gates, progress)
+    refuse_gates(recipe.gates, recipe.target_name, recipe.target)
+    gates = GateKeeper(recipe.gates, recipe.target, progress, allow_nonfinite=request.allow_nonfinite)
     folder = request.out.with_name(f"{request.out.name}.reproducer")
     # What is written is a model alone: its gates name no component.
     alone = [gate.model_copy(update={"component": ""}).as_document() for gate in recipe.gates]
-    reproducer, reference = Reproducer(folder, gates=alone), Reference(part.original)
+    reproducer = Reproducer(folder, gates=alone, target={recipe.target_name: recipe.target.as_options()})
+    reference = Reference(part.original)
+    # A pass that a gate withdraws has never been, to those who come after it.
     own: list[Callback] = [Verification(request.verify, request.seed), gates, reference]
     try:
         program, records = run_passes(part.original, recipe.steps, [*own, *callbacks, reproducer], recipe.target)
@@ -266,26 +276,6 @@ class Reference:
         if event.kind == "finished" and event.original is not self.program:
             self.program = event.original
             self.added.append(event.step.name)
-
-
-class GateKeeper:
-    """Callback that checks the recipe's gates after the pass that each names."""
-
-    def __init__(self, gates: Sequence[Gate], progress: Progress) -> None:
-        self.gates = gates
-        self.progress = progress
-        self.records: list[dict[str, Any]] = []
-
-    def __call__(self, event: Event) -> None:
-        """
-        Raises:
-            GateError: a bound does not hold.
-        """
-        if event.kind != "finished" or event.after is None:
-            return
-        for gate in self.gates:
-            if gate.after == event.step.name:
-                self.records.append(gate.check(Scope(event.original, event.after, self.progress)))
 
 
 def _lower(part: Part, request: Request, folder: Path, progress: Progress) -> Part:
@@ -327,11 +317,15 @@ def _measured(parts: Sequence[Part], request: Request, folder: Path, progress: P
 
 
 def _settled(recipe: Recipe, parts: Sequence[Part]) -> Recipe:
-    """``recipe`` with the options that passes chose while they ran."""
+    """``recipe`` with the options that passes chose while they ran, and without those that were rolled back."""
     for part in parts:
-        steps = tuple(Step(record.name, record.record) for record in part.records)
+        steps = part.kept_steps
         if steps != part.recipe.steps:
             recipe = recipe.with_steps(part.component, steps)
+        left = {step.name for step in steps}
+        gone = {record.name for record in part.records} - left
+        gates = tuple(gate for gate in recipe.gates if gate not in part.recipe.gates or gate.after not in gone)
+        recipe = replace(recipe, gates=gates)
     return recipe
 
 
@@ -388,7 +382,7 @@ def _part_report(part: Part, request: Request) -> dict[str, Any]:
         },
         "engines": [_engine(name, engine, part.place) for name, engine in part.engines.items()],
         "added": list(part.added),
-        "unhealed": unhealed(part.recipe.steps),
+        "unhealed": unhealed(part.kept_steps),
         "engine_difference": part.evidence.difference,
         "latency": part.evidence.latency,
     }

@@ -49,7 +49,7 @@ from optpass.ir.program import Program
 from optpass.ir.slots import kept_bytes
 from optpass.ir.weights import Expression
 from optpass.pipeline import evidence, verification
-from optpass.pipeline.gates import Gate
+from optpass.pipeline.gates import Gate, LatencyGate, MetricGate
 from optpass.pipeline.manager import PassRecord, run_pass
 from optpass.pipeline.passes import Pass
 from optpass.pipeline.recipe import Recipe, Step
@@ -224,6 +224,7 @@ class _Planner:
             if found and found[-1].status in ("refused", "not reached"):
                 found.append(PassPlan(step, "not reached", _needs(step.record), tuple(unrun), "not reached"))
                 continue
+            before = program
             item, after = self._pass(step, program, cost, tuple(unrun))
             found.append(item)
             if item.status == "not run":
@@ -233,7 +234,7 @@ class _Planner:
                 self._verify(item, program, after)
                 program, cost = after, item.record.after
             if item.status in ("run", "not run"):
-                self._gates(step, program)
+                self._gates(step, before, program)
             self.progress(step.name, 1.0)
         return tuple(found), program
 
@@ -277,20 +278,31 @@ class _Planner:
             before, after = widened(before, unrounded=True), widened(after, unrounded=True)
         self._compare(f"verify {item.step.name}", before, after)
 
-    def _gates(self, step: Step, program: Program) -> None:
+    def _gates(self, step: Step, before: Program, after: Program) -> None:
         for gate in self.recipe.gates:
-            if gate.after != step.name:
+            if not gate.follows(step.name):
                 continue
+            name = f"gate {gate.title} after {step.name}"
             if reason := _gate_refusal(gate, self.original, self.has_values):
-                self.refusals.append(f"gate {gate.metric} after {gate.after!r}: {reason}")
-                continue
-            name = f"gate {gate.metric} after {gate.after}"
-            if gate.metric in NUMERIC:
-                self._compare(name, self.original, program)
-                continue
-            compared = (self.original, program) if gate.metric == "psnr" else (program,)
-            macs = gate.clips * gate.steps * sum(_macs(each) for each in compared)
-            self._execute(name, compared, Trials(1.0, 1.0), macs)
+                self.refusals.append(f"gate {gate.title} after {step.name!r}: {reason}")
+            elif isinstance(gate, LatencyGate):
+                self._time(name, before, after, gate.latency.runs)
+            elif isinstance(gate, MetricGate) and gate.metric in NUMERIC:
+                self._compare(name, self.original, after)
+            elif isinstance(gate, MetricGate):
+                compared = (self.original, after) if gate.metric == "psnr" else (after,)
+                macs = gate.clips * gate.steps * sum(_macs(each) for each in compared)
+                self._execute(name, compared, Trials(1.0, 1.0), macs)
+
+    def _time(self, name: str, before: Program, after: Program, runs: int) -> None:
+        """A stage in which the engines of both Programs are written, loaded and called in turn."""
+        read = self._read(before) + self._read(after)
+        first, second = self._footprint(before), self._footprint(after)
+        if first is None or second is None:
+            return
+        peak = first.loaded + max(second.lowering, second.checking, second.loaded)
+        calls = (runs + WARMUP) * timed_length(after.loop)
+        self.stages.append(Stage(name, calls * (_call_macs(before) + _call_macs(after)), read, self.held + peak))
 
     def _compare(self, name: str, before: Program, after: Program) -> None:
         """A stage in which both Programs are called on the same random inputs."""
@@ -430,7 +442,7 @@ def _carried_weights(program: Program) -> int:
 def _gate_refusal(gate: Gate, program: Program, has_values: bool) -> str:
     if not has_values:
         return "needs weight values; the checkpoint was captured structure-only"
-    if gate.metric in NUMERIC:
+    if not isinstance(gate, MetricGate) or gate.metric in NUMERIC:
         return ""
     origin = program.origin
     if not origin.pipeline or origin.path is None:

@@ -15,6 +15,7 @@ from optpass.evaluate.quality import Evaluator, psnr
 from optpass.evaluate.walks import call_trials, timed_calls
 from optpass.evaluate.widened import widened
 from optpass.ir.program import Program
+from optpass.pipeline.lowered import runners_of
 from optpass.pipeline.request import Progress, Request
 from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target
 from optpass.pipeline.verification import Mode, is_small
@@ -55,7 +56,7 @@ class Subject:
 
     def runners(self) -> Runners:
         """The engines, loaded."""
-        return {name: _runner(self.target, engine, self.folder) for name, engine in self.engines.items()}
+        return runners_of(self.target, self.engines, self.folder)
 
 
 Runners = dict[str, Runner]
@@ -130,16 +131,6 @@ def _latency(subject: Subject, pair: tuple[Runners, Runners], request: Request) 
         timed_calls(call, subject.original.ranges, request.seed, loop=subject.program.loop),
         progress=lambda fraction: subject.progress("latency", fraction),
     ).as_dict()
-
-
-def _runner(target: Target, engine: LoweredEntry, folder: Path) -> Runner:
-    entry = {
-        "engine": engine.main,
-        "inputs": [spec.as_json() for spec in engine.inputs],
-        "outputs": [spec.as_json() for spec in engine.outputs],
-        "details": engine.facts(),
-    }
-    return type(target).load(folder, entry, target.as_options())
 
 
 def _samples(

@@ -1,14 +1,14 @@
 """Runs a list of passes over a Program: check, run, verify, record; then tell whoever listens.
 
 The loop is short on purpose. Timing, dumps, progress, contract verification and gates are all
-callbacks on the same three events, so a new concern is a new callback and not a new branch here.
+callbacks on the same events, so a new concern is a new callback and not a new branch here.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from optpass.analysis.cost import Cost, measure
@@ -28,7 +28,8 @@ class PassRecord:
     """What one pass did, as it stands in the report.
 
     ``record`` has the options that the pass settled, ``sample`` what a sample takes after it. ``files`` are hashes of
-    what it read; ``facts`` are its own, and those of callbacks.
+    what it read; ``facts`` are its own, and those of callbacks. ``withdrawn`` says why its result was dropped; it has
+    then modified nothing, and ``sites`` are those that it would have.
     """
 
     name: str
@@ -42,6 +43,7 @@ class PassRecord:
     sample: SampleCost | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    withdrawn: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -59,18 +61,27 @@ class PassRecord:
             **({"sample": self.sample.as_json()} if self.sample else {}),
             **({"files": dict(self.files)} if self.files else {}),
             **self.facts,
+            **({"withdrawn": self.withdrawn, "verified": f"rolled back: {self.withdrawn}"} if self.withdrawn else {}),
         }
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """What a callback answers to ``finished`` to have the pass's result dropped, and why."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
 class Event:
     """A moment of the run. ``after`` and ``record`` are set once the pass has finished.
 
+    A pass that has ``finished`` is ``withdrawn`` where a callback asks for that: the run goes on with ``before``.
     ``original`` is what results are compared with: the Program that was captured, or with what a pass put
     in since then (:meth:`Pass.reference`); ``reference`` is that of ``before``.
     """
 
-    kind: Literal["started", "finished", "failed"]
+    kind: Literal["started", "finished", "withdrawn", "failed"]
     index: int
     step: Step
     before: Program
@@ -81,7 +92,7 @@ class Event:
     reference: Program | None = None
 
 
-Callback = Callable[[Event], None]
+Callback = Callable[[Event], Withdrawal | None]
 
 
 def run_passes(
@@ -93,6 +104,8 @@ def run_passes(
 
     Callbacks are called in order on every event. One that raises on ``finished`` stops the run, as a
     failing pass does; both are told as a ``failed`` event, whose ``before`` is the Program to reproduce from.
+    One that answers ``finished`` with a :class:`Withdrawal` has the pass's result dropped, and the callbacks after it
+    are told of that alone.
 
     Raises:
         OptpassError: whatever a pass or a callback raised; anything that is not one is wrapped in one.
@@ -102,19 +115,21 @@ def run_passes(
         _tell(callbacks, Event("started", index, step, program, original))
         try:
             after, record = run_pass(program, step, cost, target)
-            reference = step.record.reference(program)
+            reference, compared = step.record.reference(program), original
             if reference is not program:
                 # Not the reference itself: what passes before this one changed is to be seen in the end.
-                original = reference if original is program else step.record.reference(original)
-            event = Event("finished", index, step, program, original, after, record, reference=reference)
-            _tell(callbacks, event)
+                compared = reference if original is program else step.record.reference(original)
+            event = Event("finished", index, step, program, compared, after, record, reference=reference)
+            if withdrawal := _tell(callbacks, event):
+                after, compared, record = program, original, _withdrawn(record, program, withdrawal)
+                _tell(callbacks, Event("withdrawn", index, step, program, original, record=record))
         except (Exception, KeyboardInterrupt) as error:
             _tell(callbacks, Event("failed", index, step, program, original, error=error))
             if isinstance(error, (OptpassError, KeyboardInterrupt)):
                 raise
             message = f"pass {step.name!r} failed: {type(error).__name__}: {error}"
             raise OptpassError(message) from error
-        program, cost = after, record.after
+        program, original, cost = after, compared, record.after
         records.append(record)
     return program, records
 
@@ -162,9 +177,15 @@ def run_pass(
     )
 
 
-def _tell(callbacks: Sequence[Callback], event: Event) -> None:
-    for callback in callbacks:
-        callback(event)
+def _tell(callbacks: Sequence[Callback], event: Event) -> Withdrawal | None:
+    """What the first callback answered that answered anything; those after it were not told."""
+    return next((answer for callback in callbacks if (answer := callback(event))), None)
+
+
+def _withdrawn(record: PassRecord, program: Program, withdrawal: Withdrawal) -> PassRecord:
+    """The record of a pass of which nothing is left: ``program`` is what stood before it."""
+    sample = sample_cost(program, record.before)
+    return replace(record, modified=False, after=record.before, sample=sample, withdrawn=withdrawal.reason)
 
 
 def _verify_dialect(program: Program, name: str) -> None:

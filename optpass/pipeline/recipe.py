@@ -268,8 +268,14 @@ def check_legality(recipe: Recipe) -> None:
     """Refuse lists of passes that cannot mean anything, before a weight is read.
 
     Raises:
-        UserError: a ``retrain`` pass is followed by nothing that trains, and the recipe does not accept that.
+        UserError: a ``retrain`` pass is followed by nothing that trains, and the recipe does not accept that;
+            or a gate cannot be checked for the target.
     """
+    for gate in recipe.gates:
+        section = (recipe.components or {}).get(gate.component) if gate.component else None
+        lowering = section if section and section.target else recipe
+        assert lowering.target is not None
+        refuse_gates([gate], lowering.target_name, lowering.target)
     sections = (recipe, *(recipe.components or {}).values())
     undefined = [name for section in sections if section is not None for name in unhealed(section.steps)]
     if undefined and not recipe.unhealed:
@@ -278,6 +284,17 @@ def check_legality(recipe: Recipe) -> None:
             "it in the recipe; or take the result as it is (--unhealed, or 'unhealed: true' in the recipe), "
             "or its costs alone (--structure-only)"
         )
+
+
+def refuse_gates(gates: Sequence[Gate], target_name: str, target: Target) -> None:
+    """
+    Raises:
+        UserError: one of ``gates`` cannot be checked for what is lowered to ``target``.
+    """
+    for gate in gates:
+        # A target that is not installed is refused as such, and may not be able to say how it runs.
+        if not target.missing_packages() and (reason := gate.refuses(target_name, target)):
+            raise UserError(reason)
 
 
 def unhealed(steps: Sequence[Step]) -> list[str]:

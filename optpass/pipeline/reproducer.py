@@ -11,6 +11,7 @@ import yaml
 
 from optpass.errors import UserError
 from optpass.ir.text import program_text
+from optpass.pipeline.gates import LATENCY
 from optpass.pipeline.manager import Event
 
 
@@ -20,9 +21,13 @@ class Reproducer:
     ``written`` is the folder once it exists, so that the message can name it.
     """
 
-    def __init__(self, folder: Path, *, gates: list[dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, gates: list[dict[str, Any]] | None = None, target: dict[str, Any] | None = None
+    ) -> None:
+        """``gates`` and ``target`` are the recipe's; the latter is needed by gates that time its engines."""
         self.folder = folder
         self.gates = gates or []
+        self.target = target
         self.written: Path | None = None
 
     def __call__(self, event: Event) -> None:
@@ -44,11 +49,12 @@ class Reproducer:
 
     def _recipe(self, event: Event) -> dict[str, Any]:
         name = event.step.name
+        gates = [gate for gate in self.gates if gate.get("after", name) == name]
         return {
             "name": f"reproduce-{name}",
             "description": f"optpass apply recipe.yaml program -o out  # {type(event.error).__name__}",
             "passes": [{name: event.step.record.as_options()}],
-            "gates": [gate for gate in self.gates if gate["after"] == name],
-            "target": "program",
+            "gates": gates,
+            "target": self.target if any(LATENCY in gate for gate in gates) else "program",
             **({"unhealed": True} if event.step.record.promise.kind == "retrain" else {}),
         }

@@ -286,11 +286,14 @@ def _gate(record: Mapping[str, Any]) -> GateView:
     state = (
         Verdict("good", "✓", "held")
         if record.get("held") is True
-        else Verdict("bad", "✗", "did not hold")
+        else Verdict(
+            "bad", "✗", "did not hold: rolled back" if record.get("on_failure") == "rollback" else "did not hold"
+        )
         if record.get("held") is False
         else Verdict("open", "○", "not checked")
     )
-    how = ", ".join(f"{key} {plain(record[key])}" for key in ("clips", "steps", "seed") if record.get(key) is not None)
+    measured = [f"{key} {plain(record[key])}" for key in ("clips", "steps", "seed") if record.get(key) is not None]
+    how = ", ".join([*measured, *([text(record, "note")] if record.get("note") else [])])
     shown = units.NO_VALUE if value is None else f"{value:.4g}".replace("inf", "∞").replace("nan", "NaN")
     return GateView(text(record, "after"), text(record, "metric"), " and ".join(bounds), shown, state, how)
 

@@ -133,6 +133,8 @@ def verdict(words: str) -> Verdict:
     """The state that the words of a verification stand for."""
     if words.startswith("held"):
         return Verdict("good", "✓", words)
+    if words.startswith("rolled back"):
+        return Verdict("open", "↺", words)
     if not words or words.startswith("not "):
         return Verdict("open", "○", words or "not verified")
     if words.startswith(("broken", "failed", "violated")):

@@ -47,7 +47,9 @@ def lede(report: Mapping[str, Any], passes: Sequence[PassView], changes: Mapping
         told.append(f"The original that it is compared with went through {names} too, in plain form.")
     if unhealed := report.get("unhealed"):
         told.append(f"Its quality is undefined until training heals {_listed([str(name) for name in unhealed])}.")
-    if any(gate.get("held") is False for gate in mappings(report, "gates")):
+    if dropped := [item.name for item in passes if item.verdict.words.startswith("rolled back")]:
+        told.append(f"A gate did not hold, and {_listed(dropped)} was rolled back.")
+    elif any(gate.get("held") is False for gate in mappings(report, "gates")):
         told.append("A gate did not hold.")
     if report.get("structure_only"):
         told.append("Captured without weights: costs are counted on the graph, nothing was executed.")

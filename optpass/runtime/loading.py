@@ -25,7 +25,7 @@ def load(bundle: str | Path, *, component: str | None = None, verify: bool = Tru
     """
     folder = Path(bundle)
     manifest = _opened(folder, verify)
-    return _load_part(folder, manifest.part(component))
+    return load_part(folder, manifest.part(component))
 
 
 def load_pipeline(bundle: str | Path, *, verify: bool = True) -> Any:
@@ -48,7 +48,7 @@ def load_pipeline(bundle: str | Path, *, verify: bool = True) -> Any:
 
 def load_parts(folder: Path, manifest: Manifest) -> dict[str, EngineModule]:
     """Every lowered component by its name in the pipeline; files were verified by the caller."""
-    return {part.component: _load_part(folder, part) for part in manifest.all_parts()}
+    return {part.component: load_part(folder, part) for part in manifest.all_parts()}
 
 
 def _opened(folder: Path, verify: bool) -> Manifest:
@@ -60,7 +60,12 @@ def _opened(folder: Path, verify: bool) -> Manifest:
     return manifest
 
 
-def _load_part(folder: Path, part: PartRecord) -> EngineModule:
+def load_part(folder: Path, part: PartRecord) -> EngineModule:
+    """The engines of one component of the bundle in ``folder``; files were verified by the caller.
+
+    Raises:
+        UserError: the target is not installed here or runs on other hardware only.
+    """
     name = part.target.name
     target = target_class(name)
     target.check_installed(name)

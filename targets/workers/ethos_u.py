@@ -6,6 +6,7 @@ between, in the process that compiled them.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator
@@ -43,13 +44,15 @@ def lower(program: str, entry: str, device: str, engine: str, system: str, memor
             partitioner=[EthosUPartitioner(spec)],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
-    _loaded["built"] = edge.exported_program(), tosa
+    lowered = edge.exported_program()
+    left = list(_left(lowered.graph_module, reasons))
+    # What follows rewrites the graph for ExecuTorch's memory planner.
+    _loaded["built"] = Emulated(lowered, tosa)
     with open(engine, "wb") as file:
         edge.to_executorch().write_to_file(file)
     counted = {"CPU": 0, "NPU": 0}
     for where, count in COUNT.findall(serving.logged()[start:]):
         counted[where] += int(count)
-    left = list(_left(edge.exported_program().graph_module, reasons))
     return {
         "bytes": os.path.getsize(engine),
         "npu": counted["NPU"],
@@ -124,7 +127,7 @@ def _left(module: Any, reasons: dict[str, str]) -> Iterator[dict[str, str]]:
 
 def load(engine: str, tensors: str, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
     """Emulate what was lowered last; its tensors lie in the file ``tensors``."""
-    _loaded["program"] = Emulated(*_loaded["built"])
+    _loaded["program"] = _loaded["built"]
     _loaded["inputs"] = [torch.from_numpy(array) for array in serving.mapped(tensors, inputs)]
     _loaded["outputs"] = [torch.from_numpy(array) for array in serving.mapped(tensors, outputs)]
 
@@ -139,7 +142,8 @@ class Emulated(torch.fx.Interpreter):
     """A lowered program whose delegates Arm's reference model of TOSA computes, and torch the other operators."""
 
     def __init__(self, program: Any, tosa: dict[bytes, bytes]) -> None:
-        super().__init__(program.graph_module)
+        module = program.graph_module
+        super().__init__(module, graph=copy.deepcopy(module.graph))
         self.tosa = tosa
         constants = {**program.state_dict, **program.constants}
         targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}

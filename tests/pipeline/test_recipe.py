@@ -52,7 +52,7 @@ def test_overrides_reach_passes_and_target():
         ({"passes": [{"cast": {}, "export": {}}]}, "a pass is a name or"),
         ({"passes": "cast"}, "'passes'"),
         ({"inputs": {"sample": ["a"]}}, "inputs: sample: a size is a positive whole number, or a range"),
-        ({"gates": [{"latency": {"max_ratio": 1.0}}]}, "gate kind 'latency' is not built"),
+        ({"gates": [{"speed": {"max_ratio": 1.0}}]}, "gate kind 'speed' is not built"),
         ({"passes": ["export"]}, "unknown pass 'export'"),
         (
             {"passes": ["single-token-attention"], "gates": [{"after": "cast", "metric": "psnr", "min": 1}]},
