@@ -7,6 +7,7 @@ between, in the process that compiled them.
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import re
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ _loaded: dict[str, Any] = {}
 
 def lower(program: str, entry: str, device: str, engine: str, system: str, memory: str) -> dict[str, Any]:
     """Write ``engine`` from the entry of a saved ``program``; how many operators run on the NPU, and what does not."""
-    import executorch.kernels.quantized  # Registers what quantises between delegates.
+    # Registers what quantises between delegates.
+    importlib.import_module("executorch.kernels.quantized")
     from executorch.backends.arm.ethosu import EthosUCompileSpec, EthosUPartitioner
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,8 @@ PARTITIONERS: dict[str, Callable[[], list[Any]]] = {
 
 def lower(program: str, entry: str, backend: str, engine: str) -> dict[str, Any]:
     """Write ``engine`` from the entry of a saved ``program``; what its delegates take, and what they leave."""
-    import executorch.kernels.quantized  # Registers what quantises between delegates.
+    # Registers what quantises between delegates.
+    importlib.import_module("executorch.kernels.quantized")
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import mmap
@@ -36,7 +37,8 @@ def read(folder: str, entry: str, prepare: Callable[[Any], None] = lambda module
     Attention is written out as products and a softmax: torch's own form also watches for rows that hide
     everything, in operators that no device has.
     """
-    import torch.ao.quantization.fx._decomposed  # Registers the operators of quantised programs.
+    # Registers the operators of quantised programs.
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
 
     with open(os.path.join(folder, "program.json"), encoding="utf-8") as file:
         index = json.load(file)
