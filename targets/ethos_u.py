@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -65,7 +66,7 @@ class EthosU(RebuildingTarget):
         {torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool}
     )
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32})
-    quantization: ClassVar[QuantizationForm] = INTEGER
+    quantization: ClassVar[QuantizationForm] = replace(INTEGER, integer_bias=True)
 
     def runs(self) -> Execution:
         """Arm's reference model computes what the NPU does, at the speed of this CPU."""

@@ -81,6 +81,7 @@ class Rknn(RebuildingTarget):
             "bytes": found["bytes"],
             "nodes": found["operators"],
             "platform": self.platform,
+            "int8_operators": found["integer"],
             "source": source.name,
             **({"rewrites_left_out": found["left_out"]} if found["left_out"] else {}),
             **({"compiler_errors": found["complaints"]} if found["complaints"] else {}),

@@ -83,6 +83,7 @@ def load(engine: str, tensors: str, inputs: list[dict[str, Any]], outputs: list[
     """Open ``engine``, whose tensors lie in the file ``tensors``."""
     from executorch.runtime import Runtime
 
+    importlib.import_module("executorch.kernels.quantized")
     program = Runtime.get().load_program(engine)
     _loaded["program"], _loaded["method"] = program, program.load_method("forward")
     _loaded["inputs"] = [torch.from_numpy(array) for array in serving.mapped(tensors, inputs)]

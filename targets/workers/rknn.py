@@ -12,7 +12,7 @@ from typing import Any
 import serving
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-ROW = re.compile(r"^D RKNN: \[[\d:.]+\] \d+ +(\S+) +\S+ +(NPU|CPU|GPU) +.* (\S+:\S.*?) *$")
+ROW = re.compile(r"^D RKNN: \[[\d:.]+\] \d+ +(\S+) +(\S+) +(NPU|CPU|GPU) +.* (\S+:\S.*?) *$")
 ERROR = re.compile(r"(?:^E |E RKNN: \[[\d:.]+\] )(.+)$")
 RAISED = re.compile(r"^\w*(?:Error|Exception): (?!Traceback)(.+)$")
 RULE = re.compile(r"disable_rules=\['(\w+)'\]")
@@ -60,8 +60,9 @@ def build(onnx: str, platform: str, engine: str, optimization_level: int) -> dic
     return {
         "bytes": os.path.getsize(engine),
         "operators": len(placed),
-        "native": sum(where == "NPU" for _, where, _ in placed),
-        "left": [{"operator": kind, "name": name.split(":", 1)[-1]} for kind, where, name in placed if where != "NPU"],
+        "native": sum(where == "NPU" for _, _, where, _ in placed),
+        "integer": sum(dtype.startswith("INT8") for _, dtype, _, _ in placed),
+        "left": [{"operator": kind, "name": name.split(":", 1)[-1]} for kind, _, where, name in placed if where != "NPU"],
         "left_out": left_out[len(CRASHING) :],
         "complaints": complaints[:SHOWN],
     }

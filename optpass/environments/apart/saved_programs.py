@@ -49,6 +49,7 @@ def read(folder: str, entry: str, prepare: Callable[[Any], None] = lambda module
     inputs = values[len(exported.graph_signature.parameters) + len(exported.graph_signature.buffers) :]
     module = exported.module(check_guards=False)
     _write_out_attention(module)
+    _write_out_zero_points(module)
     prepare(module)
     example = tuple(torch.zeros(value.shape, dtype=value.dtype) for value in inputs)
     return torch.export.export(module, example, strict=False)
@@ -106,6 +107,19 @@ def _write_out_attention(module: Any) -> None:
             made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+    module.recompile()
+
+
+def _write_out_zero_points(module: Any) -> None:
+    """Give symmetric channels the zero points that their operator may leave out, and its readers here may not."""
+    for index, node in enumerate(list(module.graph.nodes)):
+        if "quantize_per_channel" not in str(node.target) or node.args[2] is not None:
+            continue
+        name = f"zero_points_{index}"
+        module.register_buffer(name, torch.zeros(node.args[1].meta["val"].shape, dtype=torch.int64))
+        with module.graph.inserting_before(node):
+            zeros = module.graph.get_attr(name)
+        node.args = (*node.args[:2], zeros, *node.args[3:])
     module.recompile()
 
 
