@@ -62,7 +62,9 @@ def build(onnx: str, platform: str, engine: str, optimization_level: int) -> dic
         "operators": len(placed),
         "native": sum(where == "NPU" for _, _, where, _ in placed),
         "integer": sum(dtype.startswith("INT8") for _, dtype, _, _ in placed),
-        "left": [{"operator": kind, "name": name.split(":", 1)[-1]} for kind, _, where, name in placed if where != "NPU"],
+        "left": [
+            {"operator": kind, "name": name.split(":", 1)[-1]} for kind, _, where, name in placed if where != "NPU"
+        ],
         "left_out": left_out[len(CRASHING) :],
         "complaints": complaints[:SHOWN],
     }
