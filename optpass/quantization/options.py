@@ -70,6 +70,8 @@ class QuantizingPass(Pass):
         for name in ("symmetric", "group_size") if self.scheme == "int8" else self.of_activations:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name!r} says nothing of scheme {self.scheme!r}")
+        if self.group_size == 1:
+            raise ValueError("group_size: 1 is a scale for every weight; 0 is a whole row")
         return self
 
     def requires(self, program: Program) -> list[str]:
