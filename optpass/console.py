@@ -15,11 +15,8 @@ from rich.table import Table
 
 from optpass.jsonable import finite
 from optpass.report import units
-<<<<<<< HEAD
 from optpass.report.coverage_view import coverage_words
-=======
 from optpass.report.sensitivity_view import CHARTED, module_row, sensitivity_words
->>>>>>> sense
 
 # A pipe has no width of its own, and 80 columns break the tables.
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)

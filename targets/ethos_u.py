@@ -65,7 +65,6 @@ class EthosU(RebuildingTarget):
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset(
         {torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool}
     )
-    quantization: ClassVar[QuantizationForm] = INTEGER
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32})
     quantization: ClassVar[QuantizationForm] = replace(INTEGER, integer_bias=True)
 

@@ -28,27 +28,17 @@ _loaded: dict[str, Any] = {}
 
 def lower(program: str, entry: str, device: str, engine: str, system: str, memory: str) -> dict[str, Any]:
     """Write ``engine`` from the entry of a saved ``program``; how many operators run on the NPU, and what does not."""
-<<<<<<< HEAD
-    import executorch.kernels.quantized  # noqa: F401
-=======
     # Registers what quantises between delegates.
     importlib.import_module("executorch.kernels.quantized")
->>>>>>> apart
     from executorch.backends.arm.ethosu import EthosUCompileSpec, EthosUPartitioner
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     exported = saved_programs.read(program, entry, mark_integers)
     spec = EthosUCompileSpec(device, system_config=system or None, memory_mode=memory or None)
-<<<<<<< HEAD
-    tosa: dict[Any, Any] = {}
-    reasons: dict[Any, Any] = {}
-    start = len(serving.logged())
-=======
     start = len(serving.logged())
     tosa: dict[bytes, bytes] = {}
     reasons: dict[str, str] = {}
->>>>>>> apart
     with _recorded(tosa, reasons):
         edge = to_edge_transform_and_lower(
             exported,

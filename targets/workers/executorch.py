@@ -44,12 +44,8 @@ PARTITIONERS: dict[str, Callable[[], list[Any]]] = {
 
 def lower(program: str, entry: str, backend: str, engine: str) -> dict[str, Any]:
     """Write ``engine`` from the entry of a saved ``program``; what its delegates take, and what they leave."""
-<<<<<<< HEAD
-    import executorch.kernels.quantized  # noqa: F401
-=======
     # Registers what quantises between delegates.
     importlib.import_module("executorch.kernels.quantized")
->>>>>>> apart
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 

@@ -83,13 +83,8 @@ def _dit(folder: Path) -> Subject:
         }
         for index in torch.randperm(total).tolist()
     ]
-    return Subject(
-        "DiT-S/2, 6 blocks, 256 tokens, random weights",
-        folder,
-        _Output(model, "sample"),
-        *_split(calls),
-        transformer=True,
-    )
+    title = "DiT-S/2, 6 blocks, 256 tokens, random weights"
+    return Subject(title, folder, _Output(model, "sample"), *_split(calls), transformer=True)
 
 
 def _moving_digits() -> Subject:
