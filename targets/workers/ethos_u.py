@@ -78,13 +78,13 @@ def mark_integers(module: Any) -> None:
 
 
 def _of_integers(node: Any) -> bool:
-    """Whether ``node`` computes what was, or will be, integers."""
+    """Whether all that ``node`` reads was integers, and all that it gives becomes integers."""
     if "quantize_per" in str(node.target):
         return False
-    computed = [each for each in node.all_input_nodes if each.op in ("call_function", "placeholder")]
-    return any("dequantize_per" in str(each.target) for each in computed) or all(
-        "quantize_per" in str(each.target) for each in node.users
-    )
+    read = [each for each in node.all_input_nodes if each.op != "get_attr"]
+    given = [user for reader in node.users for user in (reader.users if "getitem" in str(reader.target) else [reader])]
+    whole = "getitem" in str(node.target) or all("dequantize_per" in str(each.target) for each in read)
+    return whole and all(".quantize_per" in str(user.target) for user in given)
 
 
 @contextmanager
