@@ -146,9 +146,9 @@ def page(rows: list[Row], broken: list[str], load: tuple[float, ...], options: a
     make bench-int8
 
 {machine()}, load before and after {load}, {os.getloadavg()}.
-{options.clips} clips of {STEPS} steps and guidance {GUIDANCE:g}, the same labels and seeds for all; times of {options.rounds} rounds
-of {TIMED} clips, pipeline included, in turn. Calibration: 24 calls of each entry from 2 other samples. Clockwork's time and
-PSNR are beside the float engine too.
+{options.clips} clips of {STEPS} steps and guidance {GUIDANCE:g}, the same labels and seeds for all; times of
+{options.rounds} rounds of {TIMED} clips, pipeline included, in turn. Calibration: 24 calls of each entry, from 2 other
+samples. Clockwork's time and PSNR are beside the float engine too.
 
 {table(rows)}
 
