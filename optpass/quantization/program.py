@@ -33,7 +33,7 @@ class Quantization:
     def placed(
         cls, program: Program, form: QuantizationForm | None, scheme: WeightScheme, reason: Callable[[Graph], Reason]
     ) -> Quantization:
-        """Where ``form`` (or, without one, ``scheme``) wants integers; ``reason`` says what of a graph is left alone."""
+        """Where ``form`` (without one: ``scheme``) wants integers; ``reason`` says what of a graph is left alone."""
         placements = {
             name: place(graph, form, reason(graph)) if form else place_weights(graph, scheme, reason(graph))
             for name, graph in program.entries.items()
@@ -56,6 +56,13 @@ class Quantization:
     def restricted(self, wanted: Callable[[Node], bool]) -> Quantization:
         """Of the operators for which ``wanted`` holds alone; ranges stay as they were found."""
         return replace(self, placements={name: p.restricted(wanted) for name, p in self.placements.items()})
+
+    def placed_again(self, program: Program, reason: Callable[[Graph], Reason]) -> Quantization:
+        """Of fewer operators, ``reason`` having more to say; ranges stay as they were found.
+
+        Other than :meth:`restricted`, this also drops what served the operators that are gone: additions in integers.
+        """
+        return replace(self.placed(program, self.form, self.scheme, reason), ranges=self.ranges)
 
     def applied(self, program: Program) -> Program:
         """``program`` with quantisers; graphs are copied, weights shared between entries as far as they are equal."""

@@ -20,6 +20,7 @@ from optpass.report.loop_view import LoopView, loop_view
 from optpass.report.pass_views import COSTS, PassView, Verdict, changes, pass_views, verdict
 from optpass.report.reading import amount, figure, mappings, plain, section, text
 from optpass.report.scatter import Plot, plots
+from optpass.report.sensitivity_view import SensitivityView, sensitivity_view
 from optpass.report.structure_view import structure_charts
 from optpass.report.summary import Tile, lede, tiles
 
@@ -89,6 +90,7 @@ class Page:
     ladder: tuple[RungView, ...]
     loop: LoopView | None
     calibration: CalibrationView | None
+    sensitivity: SensitivityView | None
     latency_chart: Chart | None
     latency_words: tuple[str, ...]
     reel: Reel | None
@@ -132,6 +134,7 @@ def page_of(report: Mapping[str, Any], clips: Clips | None) -> Page:
         ladder=ladder_view(report),
         loop=loop_view(report),
         calibration=calibration_view(report),
+        sensitivity=sensitivity_view(report),
         latency_chart=_latency_chart(section(report, "latency")),
         latency_words=_latency_words(section(report, "latency")),
         reel=None if clips is None or not len(clips.after) else reel(clips),
