@@ -79,7 +79,7 @@ class TensorRT(Target):
     compute_capabilities: tuple[Capability, ...] | None = Field(
         None, description="GPUs that an rtx engine is for; by default SM86, SM89 and SM120"
     )
-    refit: bool = Field(False, description="leave the weights of the engine exchangeable by TensorRT's refitter")
+    refit: bool = Field(False, description="datacenter: leave the weights exchangeable by TensorRT's refitter")
     timing_cache: Path | None = Field(
         None, description="datacenter: a file that keeps measured kernel times for the next build"
     )
@@ -174,10 +174,8 @@ class TensorRT(Target):
             raise UserError(
                 "target tensorrt: datacenter needs a GPU (PyTorch finds no CUDA here); edition: rtx builds without one"
             )
-        if edition == "rtx" and self.refit and len(self._capabilities()) > 1:
-            raise UserError(
-                "target tensorrt: rtx makes refittable engines for one architecture: name it in compute_capabilities"
-            )
+        if edition == "rtx" and self.refit:
+            raise UserError("target tensorrt: rtx makes no refittable engine ahead of time: refit is for datacenter")
         if edition == "rtx" and self.timing_cache is not None:
             raise UserError(
                 "target tensorrt: rtx times its kernels where the engine runs: timing_cache is for datacenter"

@@ -73,8 +73,13 @@ def dequantise_weights(path: Path, names: Collection[str]) -> int:
     found = [node for node in found if all(value is None or value.const_value is not None for value in node.inputs)]
     for node in found:
         result = node.outputs[0]
-        value = onnx_ir.Value(name=f"{result.name}.real", const_value=onnx_ir.tensor(_dequantised(node)))
-        value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+        tensor = onnx_ir.tensor(_dequantised(node), name=f"{result.name}.real")
+        value = onnx_ir.Value(
+            name=tensor.name,
+            shape=onnx_ir.Shape(tensor.shape.numpy()),
+            type=onnx_ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
         model.graph.register_initializer(value)
         result.replace_all_uses_with(value)
     _remove_dead(model)
@@ -83,11 +88,14 @@ def dequantise_weights(path: Path, names: Collection[str]) -> int:
 
 
 def _dequantised(node: ir.Node) -> Any:
-    values, steps, *rest = (value.const_value.numpy() for value in node.inputs if value is not None)
-    axis, zero = node.attributes.get_int("axis", 1), rest[0] if rest else 0
-    shape = [-1 if index == axis % values.ndim else 1 for index in range(values.ndim)] if steps.ndim == 1 else []
-    zero = zero.astype(steps.dtype).reshape(shape) if rest else zero
-    return (values.astype(steps.dtype) - zero) * steps.reshape(shape)
+    constants = [value.const_value for value in node.inputs if value is not None]
+    values, steps, *zeros = [constant.numpy() for constant in constants if constant is not None]
+    axis = node.attributes.get_int("axis", 1) % max(values.ndim, 1)
+    shape = [-1 if index == axis else 1 for index in range(values.ndim)] if steps.ndim == 1 else []
+    moved = values.astype(steps.dtype)
+    for zero in zeros:
+        moved = moved - zero.astype(steps.dtype).reshape(shape)
+    return moved * steps.reshape(shape)
 
 
 def _drop_zero_mask(softmax: ir.Node) -> bool:

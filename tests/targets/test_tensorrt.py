@@ -172,15 +172,6 @@ def test_entries_have_an_engine_each(captured: Any, tmp_path: Path) -> None:
     assert {entry.main for entry in entries.values()} == {"full.engine", "reuse.engine"}
 
 
-def test_a_refittable_engine_is_another_one(captured: Any, tmp_path: Path) -> None:
-    sizes = []
-    for refit in (False, True):
-        target = TensorRT(edition="rtx", compute_capabilities=("SM89",), refit=refit)
-        entry = target.lower(captured("resnet")[0], Lowering(tmp_path))["full"]
-        sizes.append(entry.details["bytes"])
-    assert sizes[0] != sizes[1]
-
-
 @no_gpu
 def test_without_a_gpu_engines_are_compiled_and_not_run(tmp_path: Path, tiny_classifier: Any) -> None:
     assert TensorRT().runs() == "elsewhere"
@@ -205,7 +196,7 @@ def test_without_a_gpu_engines_are_compiled_and_not_run(tmp_path: Path, tiny_cla
     [
         ({"edition": "datacenter"}, "tensorrt is not installed"),
         ({"timing_cache": "times"}, "timing_cache is for datacenter"),
-        ({"refit": True}, "refittable engines for one architecture"),
+        ({"refit": True}, "no refittable engine ahead of time"),
     ],
 )
 def test_options_that_cannot_hold_here_are_refused(
