@@ -69,7 +69,7 @@ def test_torch_goes_first_alone_and_pins_what_follows(commands: list[list[str]])
 
 def test_an_installed_one_is_replaced_only_when_asked(commands: list[list[str]]) -> None:
     first = install(VENDOR)
-    with pytest.raises(UserError, match="is installed in .*--force"):
+    with pytest.raises(UserError, match=r"is installed in .*--force"):
         install(VENDOR)
     second = install(VENDOR, force=True)
     assert not Path(first["folder"]).exists()
@@ -117,7 +117,7 @@ def test_what_pip_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_full_disk_and_a_missing_python_are_told_before(commands: list[list[str]]) -> None:
     big: Any = {"requirements": (), "licence": ""}
-    with pytest.raises(UserError, match="needs 1500000.0 GB"):
+    with pytest.raises(UserError, match=r"needs 1500000\.0 GB"):
         install(Environment(name="big", gigabytes=1e6, **big))
     with pytest.raises(UserError, match=r"needs Python 2\.0; this is 3"):
         install(Environment(name="old", gigabytes=0.001, pythons=("2.0",), **big))

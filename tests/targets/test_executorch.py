@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_net import Small, signal_to_noise
+from torch import nn
 
 from optpass.environments.worker import WorkerError
 from optpass.errors import MissingValuesError, UserError
-from optpass.evaluate.difference import program_runner
-from optpass.evaluate.trials import random_inputs
 from optpass.ir.program import Program
 from optpass.passes.quantize import Quantize
 from optpass.pipeline.lowered import lowered_runners, runners_of
@@ -27,26 +24,9 @@ installed = pytest.mark.skipif(
 )
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.fc = nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.Linear(16, 10)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = torch.relu(self.conv(image))
-        return self.fc((torch.relu(self.norm(x)) + x).mean((2, 3)))
-
-
 @pytest.fixture(scope="module")
 def small() -> Program:
     return capture_module(Small, image=torch.zeros(1, 3, 16, 16))[0]
-
-
-def signal_to_noise(program: Program, runner: Callable[[Any], dict[str, Tensor]]) -> float:
-    """In dB, against the Program itself in PyTorch."""
-    inputs = random_inputs(program.entries["full"].inputs_at(), {}, seed=3)
-    (expected,), (found,) = program_runner(program, "full")(inputs).values(), runner(inputs).values()
-    return float(10 * torch.log10(expected.square().sum() / (expected - found).square().sum()))
 
 
 @installed
@@ -94,7 +74,7 @@ def test_what_it_cannot_take_is_told_before(small: Program, tmp_path: Path, monk
     assert ExecuTorch().refuses(small) == []
     assert ExecuTorch(backend="vulkan").runs() == "elsewhere"
     wide = capture_module(nn.Identity, input=torch.zeros(2, dtype=torch.float64))[0]
-    assert [item.reason for item in ExecuTorch().refuses(wide)][0] == "executorch has no f64"
+    assert next(item.reason for item in ExecuTorch().refuses(wide)) == "executorch has no f64"
     monkeypatch.setenv("OPTPASS_HOME", str(tmp_path))
     monkeypatch.delenv(ExecuTorch.environment.variable, raising=False)
     with pytest.raises(UserError, match="optpass targets install executorch"):

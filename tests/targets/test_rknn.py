@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_executorch import Small, signal_to_noise
+from small_net import Small, signal_to_noise
 from torch import Tensor, nn
 
 from optpass.ir.program import Program
