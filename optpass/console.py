@@ -15,6 +15,8 @@ from rich.table import Table
 
 from optpass.jsonable import finite
 from optpass.report import units
+from optpass.report.coverage_view import coverage_words
+from optpass.report.sensitivity_view import CHARTED, module_row, sensitivity_words
 
 # A pipe has no width of its own, and 80 columns break the tables.
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -156,6 +158,9 @@ def report_summary(report: Mapping[str, Any], folder: str) -> None:
         out.print(ladder_table(report["ladder"]))
         out.print(LADDER_NOTE, style="dim")
     for item in report["passes"]:
+        if item.get("sensitivity"):
+            out.print()
+            out.print(sensitivity_table(item["sensitivity"]))
         if item.get("verified"):
             out.print(f"  {escape(item['name'])}: {item['contract']}, {escape(item['verified'])}")
         for line in declined_lines(item["declined"], "declined"):
@@ -164,6 +169,16 @@ def report_summary(report: Mapping[str, Any], folder: str) -> None:
         out.print(f"  {line}")
     out.print(f"\n[bold]{escape(folder)}[/bold]  ({report['seconds']:.1f} s)")
     out.print(f"  report: {escape(folder)}/report.html")
+
+
+def sensitivity_table(record: Mapping[str, Any]) -> Table:
+    """The modules whose integers add most noise, and what was chosen."""
+    rows = [module_row(module) for module in record["modules"][:CHARTED]]
+    cells = [[row.path, row.operations, row.alone, row.without, "real" if row.real else ""] for row in rows]
+    headers = ("noisiest modules", "10⁶ operations", "alone", "all but it", "stays")
+    made = table("", headers, cells)
+    made.caption, made.caption_justify = escape(sensitivity_words(record)), "left"
+    return made
 
 
 def ladder_table(rungs: Sequence[Mapping[str, Any]]) -> Table:
@@ -249,6 +264,11 @@ def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"quality is undefined until training heals {escape(', '.join(unhealed))}"
     if loop := report.get("loop"):
         yield loop_line(loop)
+    for engine in report["engines"]:
+        if coverage := engine["details"].get("coverage"):
+            yield f"{escape(engine['entry'])}: {coverage_words(coverage)}"
+    if report["target"]["verified"].startswith("compiled only"):
+        yield escape(report["target"]["verified"])
     if difference := report.get("engine_difference"):
         yield f"engine against the original: relative error {difference['relative_error']:.2g}"
     if latency := report.get("latency"):

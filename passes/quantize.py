@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
-from torch.fx import Node
+from pydantic import Field
 
-from optpass.errors import UserError, nearest_paths
-from optpass.evaluate.calibration_set import CalibrationSet, given_set, random_set, sampled_set
-from optpass.ir.graph import Graph, path_of, value_of
+from optpass.analysis.module_paths import matches
+from optpass.ir.graph import path_of
 from optpass.ir.program import Program
-from optpass.ir.quantized import DEQUANTIZERS
-from optpass.pipeline.contract import approximate
-from optpass.pipeline.passes import Context, Pass
-from optpass.quantization.form import CHANNELS, FORMS, PORTABLE, QuantizationForm, WeightScheme
-from optpass.quantization.insertion import Insertion
-from optpass.quantization.placement import Placement, Reason, place, place_weights, weighted
-from optpass.quantization.ranges import Correction, Estimator, Method, Ranges, find_ranges
-from optpass.quantization.scopes import Fact, facts, left_alone, unmatched
-from optpass.runtime.sampling import LABELS, Asked
+from optpass.pipeline.passes import Context
+from optpass.quantization.options import QuantizingPass
+from optpass.quantization.scopes import facts
+from optpass.rewrite.conversion import convert
 
-GROUP = 128
-BATCH_NORMS = frozenset(
-    {torch.ops.aten.batch_norm.default, torch.ops.aten._native_batch_norm_legit_no_training.default}
-)
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Quantize(Pass):
+class Quantize(QuantizingPass):
     """Convolutions and linears in floating point → in integers, calibrated on what the model really sees.
 
     `int8`: weights (symmetric, a scale for each output channel) and activations (a scale for each tensor), the form
     being the target's: x86 runtimes get unsigned activations, int32 biases and integer additions where a residual
     stream feeds convolutions; other compilers symmetric int8 at convolutions and matrix products. `form` overrides
     it. `w8` and `w4`: weights of linears alone, in groups along their rows; activations stay real, nothing is executed.
+    `fp16` and `bf16`: weights and compute in half precision, as `cast` has it, with the same scopes as the others.
 
     Ranges are found by NNCF over a calibration set: what each entry is called with while the checkpoint's pipeline
     generates (all timesteps, seeded), a dataset or folder (`data`), or, where there is neither, random inputs, which
@@ -49,151 +39,41 @@ class Quantize(Pass):
     weight-only groups as in its `compress_weights`.
     """
 
-    scheme: Literal["int8", "w8", "w4"] = Field("int8", description="int8 weights and activations, or weights alone")
-    form: Literal["auto", "portable", "cpu", "integer"] = Field("auto", description="int8: auto is the target's own")
-    symmetric: bool = Field(True, description="w8, w4: no zero points")
-    group_size: int | None = Field(None, ge=0, description="w8, w4: weights that share a scale; 0 is a whole row")
-    match: tuple[str, ...] = Field((), description="patterns of module paths that are quantised; all by default")
-    keep: tuple[str, ...] = Field((), description="patterns of module paths that stay real")
-    keep_facts: tuple[Fact, ...] = Field((), description="operators that stay real, by what they are in the graph")
-    data: str | None = Field(
-        None, description="calibration: a folder of tensors or images, or module:name of a dataset"
+    scheme: Literal["int8", "w8", "w4", "fp16", "bf16"] = Field(  # type: ignore[assignment]
+        "int8", description="int8 weights and activations; weights alone; or half precision"
     )
-    calls: int = Field(32, ge=1, description="calibration: calls of each entry")
-    samples: int = Field(2, ge=1, description="calibration: samples of the pipeline")
-    steps: int = Field(20, ge=1, description="calibration: sampling steps of each")
-    guidance: float | None = Field(None, description="calibration: guidance scale; the pipeline's own by default")
-    seed: int = Field(0, description="calibration: seed of the first sample, or of the random calls")
-    prompt: str | None = Field(None, description="calibration: what a text-to-image pipeline is asked for")
-    labels: tuple[int, ...] = Field(LABELS, min_length=1, description="calibration: classes, in turn")
-    call: dict[str, Any] = Field(default_factory=dict, description="calibration: arguments of the pipeline's call")
-    estimator: Estimator = Field("mean-minmax", description="how an activation's range is found over the calls")
-    bias_correction: Correction = Field("fast", description="shift biases by what quantisation adds to the mean")
-    smooth: bool = Field(False, description="SmoothQuant: outliers of activations move into the weights")
-    calibration: str | None = Field(None, description="the calibration set's SHA-256, as an earlier run settled it")
 
-    contract = approximate()
-    executes = True
-    needs = "calibration samples"
-
-    @field_validator("match", "keep", "keep_facts", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _of_its_scheme(self) -> Self:
-        weights = ("symmetric", "group_size")
-        calibrated = ("form", "data", "estimator", "bias_correction", "smooth", "calibration")
-        for name in weights if self.scheme == "int8" else calibrated:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name!r} says nothing of scheme {self.scheme!r}")
-        return self
+    of_activations = (*QuantizingPass.of_activations, "data", "calibration")
 
     @property
     def executing(self) -> bool:
         return self.scheme == "int8"
 
-    def requires(self, program: Program) -> list[str]:
-        graphs = program.entries.values()
-        missing = unmatched(graphs, (*self.match, *self.keep))
-        found = [
-            f"{pattern!r} matches nothing to quantise{nearest_paths(pattern, p)}" for pattern, p in missing.items()
-        ]
-        if any(node.target in DEQUANTIZERS for graph in graphs for node in graph.calls):
-            found.append("the model is quantised already")
-        if norms := [node for graph in graphs for node in graph.calls if _follows_convolution(node)]:
-            what = f"{len(norms)} batch norms stand behind convolutions ({path_of(norms[0])} …)"
-            found.append(f"{what}: put reparameterize before it, which folds them")
-        if self.scheme == "int8" and (half := _half(program)):
-            found.append(f"it calibrates in float32, and {half} is not: capture with dtype: float32")
-        return found
-
     def run(self, program: Program, context: Context) -> Program:
-        form, scheme = self._form(context), self._weights()
-        placements = {name: self._placement(graph, form, scheme) for name, graph in program.entries.items()}
-        found: dict[str, Ranges] = {}
-        if self.scheme == "int8" and any(placement.weights for placement in placements.values()):
-            calibration = self._calibrate(program, context)
-            method = Method(self.estimator, self.bias_correction, self.smooth)
-            for name, placement in placements.items():
-                calls = calibration.entries[name]
-                found[name] = find_ranges(program.entries[name], program.weights, placement, form, calls, method)
-        made: dict[str, Any] = {}
-        for name, placement in placements.items():
-            insertion = Insertion(program.entries[name], program.weights, made, scheme)
-            insertion.insert(placement, found.get(name, Ranges()))
-            if form.integer_bias:
-                insertion.integer_biases()
-            self._report(placement, context, name)
-        return replace(program, weights=program.weights.updated(made))
+        if self.scheme in HALVES:
+            return self._halved(program, context)
+        quantization = self.placed(program, context)
+        self.report(quantization, context)
+        if quantization.is_empty:
+            return program
+        if quantization.form is not None:
+            calls = self.calls_of(program, self.calls)
+            self.settle_set(calls, context)
+            quantization = quantization.calibrated(program, calls, self.method)
+        return quantization.applied(program)
 
-    def _form(self, context: Context) -> QuantizationForm:
-        if self.form != "auto":
-            return FORMS[self.form]
-        return type(context.target).quantization if context.target is not None else PORTABLE
-
-    def _weights(self) -> WeightScheme:
-        if self.scheme == "int8":
-            return CHANNELS
-        size = GROUP if self.group_size is None else self.group_size
-        return WeightScheme(int(self.scheme[1:]), self.symmetric, size)
-
-    def _placement(self, graph: Graph, form: QuantizationForm, scheme: WeightScheme) -> Placement:
-        reason = self._reason(graph)
-        return place(graph, form, reason) if self.scheme == "int8" else place_weights(graph, scheme, reason)
-
-    def _reason(self, graph: Graph) -> Reason:
-        known = facts(graph)
-
-        def reason(node: Node) -> str:
-            if kept := [fact for fact in self.keep_facts if fact in known.get(node, ())]:
-                return f"kept, as {kept[0]}"
-            return left_alone(path_of(node), self.match, self.keep)
-
-        return reason
-
-    def _calibrate(self, program: Program, context: Context) -> CalibrationSet:
-        """
-        Raises:
-            UserError: the set is given, and another one than was settled.
-        """
-        if self.data is not None:
-            found = given_set(program, self.data, count=self.calls)
-        elif program.origin.pipeline and program.origin.path is not None:
-            asked = Asked(self.prompt, self.labels, None, self.steps, self.guidance, self.call)
-            found = sampled_set(
-                program, program.origin.path, asked, count=self.calls, samples=self.samples, seed=self.seed
-            )
-        else:
-            found = random_set(program, count=self.calls, seed=self.seed)
-        if self.data is not None and self.calibration not in (None, found.digest):
-            raise UserError(
-                f"quantize: {self.data} is not the calibration set that was settled (SHA-256 {found.digest[:12]}… in "
-                f"place of {str(self.calibration)[:12]}…); give that one, or leave 'calibration' out to take this"
-            )
-        context.settle(calibration=found.digest)
-        calls = {name: len(calls) for name, calls in found.entries.items()}
-        context.facts["calibration_set"] = {"source": found.source, "sha256": found.digest, "calls": calls}
-        return found
-
-    @staticmethod
-    def _report(placement: Placement, context: Context, entry: str) -> None:
-        for weight in placement.weights:
-            context.rewrote(weight.operator, entry)
-        for node, why in placement.declined:
-            context.decline(node, why, entry)
-
-
-def _follows_convolution(node: Node) -> bool:
-    source = node.args[0] if node.target in BATCH_NORMS else None
-    return isinstance(source, Node) and ".conv" in str(source.target)
-
-
-def _half(program: Program) -> str:
-    """The first convolution or linear that computes in another dtype than float32; empty when none does."""
-    for graph in program.entries.values():
-        for node in weighted(graph):
-            if value_of(node).dtype != torch.float32:
-                return path_of(node)
-    return ""
+    def _halved(self, program: Program, context: Context) -> Program:
+        """Half precision, but for the modules that the scopes leave real."""
+        real = {
+            path_of(node)
+            for graph in program.entries.values()
+            for reason in (self.reason(graph),)
+            for node in facts(graph)
+            if reason(node)
+        }
+        result, changed = convert(program, HALVES[self.scheme], lambda path: path in real or matches(path, self.keep))
+        for name in changed:
+            context.rewrote(name)
+        for path in sorted(real):
+            context.decline(path, "left real, as asked")
+        return result

@@ -55,7 +55,7 @@ class Torch(Target):
         """
         if not program.has_values:
             raise MissingValuesError("AOTInductor packs weights in; the checkpoint was captured structure-only")
-        self._check_machine()
+        self.check_machine()
         return {name: self._lowered(name, program, lowering) for name in program.entries}
 
     def _lowered(self, name: str, program: Program, lowering: Lowering) -> LoweredEntry:
@@ -150,7 +150,7 @@ class Torch(Target):
                 "PyTorch finds no CUDA device here: install its CUDA build and the driver, or set device: cpu"
             )
 
-    def _check_machine(self) -> None:
+    def check_machine(self) -> None:
         """
         Raises:
             UserError: the device, or the compiler that Inductor needs, is not there.

@@ -49,6 +49,16 @@ class CalibrationSet:
                     found.update(f"{name}/{key}/{tensor_digest(call[key])};".encode())
         return found.hexdigest()
 
+    def split(self, count: int) -> tuple[CalibrationSet, CalibrationSet]:
+        """Without ``count`` calls of each entry, evenly spaced; those alone. An entry's only call is in both."""
+        kept, held = {}, {}
+        for name, calls in self.entries.items():
+            number = min(count, len(calls) - 1)
+            apart = {round((index + 0.5) * len(calls) / number - 0.5) for index in range(number)}
+            held[name] = [call for index, call in enumerate(calls) if index in apart] or list(calls)
+            kept[name] = [call for index, call in enumerate(calls) if index not in apart]
+        return CalibrationSet(kept, self.source), CalibrationSet(held, self.source)
+
 
 @dataclass
 class _Thinned:

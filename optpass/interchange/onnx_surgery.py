@@ -1,4 +1,4 @@
-"""Attention in an ONNX model → the form that compilers of accelerators fuse.
+"""ONNX models → the forms that compilers of accelerators take best: attention that they fuse, products, constants.
 
 The exporter spells scaled dot-product attention for every case at once. What that leaves between the two products
 keeps a compiler from seeing one attention, and every operator rounds where precision is half.
@@ -6,7 +6,8 @@ keeps a compiler from seeing one attention, and every operator rounds where prec
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optpass.interchange.external_data import EXPRESSION
@@ -23,7 +24,7 @@ KEEPS_VALUES = ("Cast", "Expand", "Identity", "Reshape", "Squeeze", "Transpose",
 def fusible_attention(model: ir.Model) -> int:
     """Rewrite attention in ``model`` in place, before its weights are written; how many places changed.
 
-    1. A mask that is the same everywhere → none: it moves all logits of a row alike.
+    1. A mask of zeros → none.
     2. The guard of a softmax against rows without a key → none, where there is no mask or a constant one that
        leaves every row a key.
     3. Keys transposed by way of three dimensions → one ``Transpose``.
@@ -32,7 +33,7 @@ def fusible_attention(model: ir.Model) -> int:
     Leaves alone: masks that are computed from inputs, and their guards.
     """
     softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
-    changed = sum(_drop_uniform_mask(node) + _drop_guard(node) for node in softmaxes)
+    changed = sum(_drop_zero_mask(node) + _drop_guard(node) for node in softmaxes)
     changed += sum(_transpose_directly(node) for node in list(model.graph) if node.op_type == "Transpose")
     changed += sum(_scale_once(node, model) for node in list(model.graph) if node.op_type == "MatMul")
     _remove_dead(model)
@@ -40,31 +41,62 @@ def fusible_attention(model: ir.Model) -> int:
 
 
 def biases_first(model: ir.Model) -> int:
-    """``x·W + b`` → ``b + x·W`` in ``model``, in place; how many places changed.
+    """float32 ``x·W + b`` → ``b + x·W`` in ``model``, in place; how many places changed.
 
     The HTP's compiler makes one operator of the first, which is less exact: a ViT of 12 layers is 39 dB from float32
-    then, and 54 with the second, which it leaves as it is (onnxruntime-qnn 2.7 for v75, emulated).
+    then, and 54 with the second. Of float16 it is the other way round, and those stay as the exporter has them
+    (onnxruntime-qnn 2.7 for v75, emulated).
     """
+    import onnx_ir
+
     changed = 0
     for node in model.graph:
         if node.op_type != "Add" or _producer(node, 0, "MatMul") is None:
             continue
         product, bias = node.inputs
-        if bias is not None and bias.producer() is None:
+        if bias is not None and bias.producer() is None and bias.dtype == onnx_ir.DataType.FLOAT:
             node.replace_input_with(0, bias)
             node.replace_input_with(1, product)
             changed += 1
     return changed
 
 
-def _drop_uniform_mask(softmax: ir.Node) -> bool:
+def dequantise_weights(path: Path, names: Collection[str]) -> int:
+    """Constants behind the ``DequantizeLinear`` nodes of ``names`` → their real values, in the file; how many.
+
+    The function stays the same; the products that read them are no longer integer ones.
+    """
+    import onnx_ir
+
+    model = onnx_ir.load(path)
+    found = [node for node in model.graph if node.op_type == "DequantizeLinear" and node.name in names]
+    found = [node for node in found if all(value is None or value.const_value is not None for value in node.inputs)]
+    for node in found:
+        result = node.outputs[0]
+        value = onnx_ir.Value(name=f"{result.name}.real", const_value=onnx_ir.tensor(_dequantised(node)))
+        value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+        model.graph.register_initializer(value)
+        result.replace_all_uses_with(value)
+    _remove_dead(model)
+    onnx_ir.save(model, path)
+    return len(found)
+
+
+def _dequantised(node: ir.Node) -> Any:
+    values, steps, *rest = (value.const_value.numpy() for value in node.inputs if value is not None)
+    axis, zero = node.attributes.get_int("axis", 1), rest[0] if rest else 0
+    shape = [-1 if index == axis % values.ndim else 1 for index in range(values.ndim)] if steps.ndim == 1 else []
+    zero = zero.astype(steps.dtype).reshape(shape) if rest else zero
+    return (values.astype(steps.dtype) - zero) * steps.reshape(shape)
+
+
+def _drop_zero_mask(softmax: ir.Node) -> bool:
     add = _producer(softmax, 0, "Add")
     if add is None:
         return False
     for index, value in enumerate(add.inputs):
         other = add.inputs[1 - index]
-        constant = _uniform(value)
-        if constant is None or not math.isfinite(constant) or other is None:
+        if _uniform(value) != 0 or other is None:
             continue
         if value is not None and value.shape is not None and len(value.shape) <= len(other.shape or ()):
             softmax.replace_input_with(0, other)
@@ -87,11 +119,16 @@ def _drop_guard(softmax: ir.Node) -> bool:
 
 
 def _leaves_a_key(mask: ir.Value | None) -> bool:
-    """Whether ``mask`` is a constant that leaves at least one key visible to every query."""
+    """Whether ``mask`` is a constant that leaves at least one key visible to every query.
+
+    The exporter hides keys by the lowest number of the dtype, to which a logit may still add up to -inf.
+    """
     import numpy as np
 
     values = _constant(mask)
-    return values is not None and values.ndim > 0 and bool(np.isfinite(values).any(axis=-1).all())
+    if values is None or values.ndim == 0 or values.dtype.kind != "f":
+        return False
+    return bool((values > np.finfo(values.dtype).min / 2).any(axis=-1).all())
 
 
 def _transpose_directly(node: ir.Node) -> bool:

@@ -53,9 +53,17 @@ class Placement:
         """The operators that read integers, each once."""
         return list(dict.fromkeys(reader for _, reader in self.edges))
 
-    def reads(self, operator: Node) -> set[Node]:
-        """The values that ``operator`` reads as integers."""
-        return {value for value, reader in self.edges if reader is operator}
+    def restricted(self, wanted: Callable[[Node], bool]) -> Placement:
+        """Of the operators for which ``wanted`` holds alone."""
+        edges = [(value, reader) for value, reader in self.edges if wanted(reader)]
+        return Placement(edges, [weight for weight in self.weights if wanted(weight.operator)], self.declined)
+
+    def on(self, graph: Graph) -> Placement:
+        """The same in a copy of its graph."""
+        nodes = {node.name: node for node in graph.fx.nodes}
+        edges = [(nodes[value.name], nodes[reader.name]) for value, reader in self.edges]
+        weights = [Weight(nodes[w.operator.name], nodes[w.read.name], w.axis) for w in self.weights]
+        return Placement(edges, weights, self.declined)
 
 
 def weight_axis(node: Node) -> int | None:

@@ -14,11 +14,13 @@ from optpass.report.animation import Reel, reel
 from optpass.report.calibration_view import CalibrationView, calibration_view
 from optpass.report.charts import Chart
 from optpass.report.clips import Clips
+from optpass.report.coverage_view import CoverageView, coverage_view
 from optpass.report.ladder_view import RungView, ladder_view
 from optpass.report.loop_view import LoopView, loop_view
 from optpass.report.pass_views import COSTS, PassView, Verdict, changes, pass_views, verdict
 from optpass.report.reading import amount, figure, mappings, plain, section, text
 from optpass.report.scatter import Plot, plots
+from optpass.report.sensitivity_view import SensitivityView, sensitivity_view
 from optpass.report.structure_view import structure_charts
 from optpass.report.summary import Tile, lede, tiles
 
@@ -34,6 +36,7 @@ class EngineView:
     size: str
     nodes: str
     details: Pairs
+    coverage: CoverageView | None
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Page:
     ladder: tuple[RungView, ...]
     loop: LoopView | None
     calibration: CalibrationView | None
+    sensitivity: SensitivityView | None
     latency_chart: Chart | None
     latency_words: tuple[str, ...]
     reel: Reel | None
@@ -130,6 +134,7 @@ def page_of(report: Mapping[str, Any], clips: Clips | None) -> Page:
         ladder=ladder_view(report),
         loop=loop_view(report),
         calibration=calibration_view(report),
+        sensitivity=sensitivity_view(report),
         latency_chart=_latency_chart(section(report, "latency")),
         latency_words=_latency_words(section(report, "latency")),
         reel=None if clips is None or not len(clips.after) else reel(clips),
@@ -180,7 +185,8 @@ def _engine(record: Mapping[str, Any]) -> EngineView:
         text(record, "file"),
         units.NO_VALUE if size is None else units.size(size),
         units.NO_VALUE if nodes is None else f"{nodes:,.0f}",
-        _pairs(section(record, "details")),
+        _pairs({key: value for key, value in section(record, "details").items() if key != "coverage"}),
+        coverage_view(record),
     )
 
 

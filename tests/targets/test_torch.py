@@ -152,3 +152,17 @@ def test_a_damaged_package_is_a_clear_error(captured: Any, tmp_path: Path) -> No
     entry = LoweredEntry("full.pt2", graph.inputs, graph.outputs, {"device": "cpu", "constant": []})
     with pytest.raises(UserError, match=r"PyTorch cannot load full\.pt2"):
         runner(tmp_path, entry)
+
+
+def test_what_the_machine_lacks_is_said_before_anything_is_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optpass.pipeline.apply import apply
+    from optpass.pipeline.recipe import Recipe
+    from optpass.pipeline.request import Request
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    recipe = Recipe("bare", "", {}, (), (), "torch", Torch())
+    with pytest.raises(UserError, match="finds no 'no-such-compiler' here"):
+        apply(recipe, Request(str(tmp_path / "no-such-checkpoint"), tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
