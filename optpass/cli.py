@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from optpass import __version__, console
+from optpass import __version__, cli_targets, console
+from optpass.cli_options import Debug, Json
 from optpass.errors import OptpassError, UserError
+from optpass.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from optpass.capture.spans import Size
@@ -27,8 +29,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else; progress on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Inputs = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option(
@@ -304,31 +304,7 @@ def passes(
     return None
 
 
-@app.command()
-def targets(as_json: Json = False, debug: Debug = False) -> None:
-    """List the installed targets and whether what they need is here."""
-    from optpass.pipeline.registry import target_class, target_names
-
-    found = {name: target_class(name) for name in target_names()}
-    if as_json:
-        return console.print_json(
-            {
-                "targets": [
-                    {
-                        "name": n,
-                        "summary": t.summary(),
-                        "missing": t.missing_packages(),
-                        "extra": t.extra,
-                        "options": list(t.model_fields),
-                    }
-                    for n, t in found.items()
-                ]
-            }
-        )
-    rows = [
-        [n, f"needs optpass[{t.extra}]" if t.missing_packages() else "ready", t.summary()] for n, t in found.items()
-    ]
-    return console.out.print(console.table("", ("target", "here", "what it makes"), rows, left=3))
+app.add_typer(cli_targets.app)
 
 
 @app.command()
@@ -684,6 +660,7 @@ def _one_of(flag: str, value: str, known: Sequence[str]) -> None:
 
 def main() -> None:
     """Entry point of the ``optpass`` command."""
+    quiet_imports()
     # Importing torch and diffusers makes a million objects that stay: collecting among them costs seconds.
     gc.set_threshold(200_000, 50, 1000)
     try:

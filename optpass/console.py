@@ -15,6 +15,7 @@ from rich.table import Table
 
 from optpass.jsonable import finite
 from optpass.report import units
+from optpass.report.coverage_view import coverage_words
 from optpass.report.sensitivity_view import CHARTED, module_row, sensitivity_words
 
 # A pipe has no width of its own, and 80 columns break the tables.
@@ -263,6 +264,11 @@ def _evidence_lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"quality is undefined until training heals {escape(', '.join(unhealed))}"
     if loop := report.get("loop"):
         yield loop_line(loop)
+    for engine in report["engines"]:
+        if coverage := engine["details"].get("coverage"):
+            yield f"{escape(engine['entry'])}: {coverage_words(coverage)}"
+    if report["target"]["verified"].startswith("compiled only"):
+        yield escape(report["target"]["verified"])
     if difference := report.get("engine_difference"):
         yield f"engine against the original: relative error {difference['relative_error']:.2g}"
     if latency := report.get("latency"):

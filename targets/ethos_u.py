@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -64,8 +65,8 @@ class EthosU(RebuildingTarget):
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset(
         {torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool}
     )
-    quantization: ClassVar[QuantizationForm] = INTEGER
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32})
+    quantization: ClassVar[QuantizationForm] = replace(INTEGER, integer_bias=True)
 
     def runs(self) -> Execution:
         """Arm's reference model computes what the NPU does, at the speed of this CPU."""

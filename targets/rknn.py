@@ -81,8 +81,10 @@ class Rknn(RebuildingTarget):
             "bytes": found["bytes"],
             "nodes": found["operators"],
             "platform": self.platform,
+            "int8_operators": found["integer"],
             "source": source.name,
             **({"rewrites_left_out": found["left_out"]} if found["left_out"] else {}),
+            **({"compiler_errors": found["complaints"]} if found["complaints"] else {}),
         }
         self._keep(path, worker)
         entry = LoweredEntry(path.name, graph.inputs, graph.outputs, details, files.digests, files.slotted)

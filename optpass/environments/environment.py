@@ -59,7 +59,7 @@ class Environment:
             return "" if os.access(given, os.X_OK) else f"{self.variable} names {given}, which is no interpreter"
         record = self.record()
         if record is None:
-            return "its environment is not installed"
+            return "its environment is not installed here"
         if not os.access(record["python"], os.X_OK):
             return f"its environment is gone: there is no {record['python']}"
         if tuple(record.get("requirements", ())) != (*self.first, *self.requirements):

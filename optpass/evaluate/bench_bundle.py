@@ -13,6 +13,7 @@ from optpass.evaluate.walks import period, timed_calls
 from optpass.ir.dimensions import Dimensions
 from optpass.ir.interface import Interface
 from optpass.ir.loop import Loop
+from optpass.pipeline.registry import target_class
 from optpass.runtime.bundle import PartRecord, TargetRecord, read_manifest, verify_files
 from optpass.runtime.loading import load_part
 from optpass.runtime.looped import LoopModule
@@ -70,14 +71,16 @@ def ready(
     have this dimension open.
 
     Raises:
-        UserError: there is no such bundle or component, its target does not run here, its batch is fixed at
-            another size, or it is no loop and a sample is asked for.
+        UserError: there is no such bundle or component, its target does not run here or in an emulator, its batch is
+            fixed at another size, or it is no loop and a sample is asked for.
     """
     home = Path(folder)
     manifest = read_manifest(home)
     verify_files(home, manifest)
     part = _with_threads(manifest.part(component), threads)
     module = load_part(home, part)
+    if target_class(part.target.name).of(part.target.name, part.target.options).runs() == "emulated":
+        raise UserError("its engines run in an emulator here, whose times mean nothing")
     loop = part.driven()
     if sample and loop is None:
         raise UserError("it is no denoiser that is sampled in steps: leave --sample away")

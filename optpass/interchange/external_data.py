@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from optpass.errors import UserError
+from optpass.interchange.onnx_quantized import stored
 from optpass.ir.hashing import HashedFile, tensor_bytes
 from optpass.ir.safetensors_io import checked
 from optpass.ir.slots import Placement, has_slot
@@ -194,11 +195,17 @@ def lazy_tensor(name: str, weight: str, expression: Expression, *, allow_nonfini
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
-    def evaluate() -> ir.TensorProtocol:
-        return TorchTensor(checked(weight, expression, allow_nonfinite=allow_nonfinite), name=name)
+    shape = onnx_ir.Shape(expression.shape)
+    kind, data = stored(expression)
+    dtype = kind or from_torch_dtype(expression.dtype)
 
-    tensor = onnx_ir.LazyTensor(
-        evaluate, dtype=from_torch_dtype(expression.dtype), shape=onnx_ir.Shape(expression.shape), name=name
-    )
-    tensor.meta[EXPRESSION] = weight, expression
+    def evaluate() -> ir.TensorProtocol:
+        value = checked(weight, data, allow_nonfinite=allow_nonfinite)
+        if kind is None:
+            return TorchTensor(value, name=name)
+        packed = onnx_ir.PackedTensor if kind.bitwidth == 4 else onnx_ir.Tensor
+        return packed(value.numpy(), kind, shape=shape, name=name)
+
+    tensor = onnx_ir.LazyTensor(evaluate, dtype=dtype, shape=shape, name=name)
+    tensor.meta[EXPRESSION] = weight, data
     return tensor

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from optpass.errors import OptpassError, UserError
 from optpass.interchange.external_data import ExternalData, holds_slot, lazy_tensor
-from optpass.interchange.onnx_quantized import dequantize_last, write_zero_points
+from optpass.interchange.onnx_quantized import dequantize_last, opset_for, translations, write_zero_points
 from optpass.interchange.onnx_simplify import simplify
 from optpass.ir.graph import Graph
 from optpass.ir.sizes import unguarded
@@ -106,7 +106,8 @@ def _exported(graph: Graph, opset: int) -> ir.Model:
                 exported,
                 dynamo=True,
                 optimize=False,
-                opset_version=opset,
+                opset_version=opset_for(graph, opset),
+                custom_translation_table=translations(),
                 input_names=list(inputs),
                 output_names=outputs,
                 verbose=False,
@@ -182,10 +183,10 @@ def untranslatable(graph: Graph) -> Iterator[Node]:
     import torch
     from torch._decomp import decomposition_table
 
-    registry = _translations()
+    registry, own = _translations(), translations()
     for node in graph.calls:
         target: Any = node.target
-        if not isinstance(target, torch._ops.OpOverload) or registry.is_registered(target):
+        if not isinstance(target, torch._ops.OpOverload) or registry.is_registered(target) or target in own:
             continue
         if target not in decomposition_table and not target._can_decompose():
             yield node
@@ -205,7 +206,8 @@ def _make_lazy(model: ir.Model, weights: WeightStore, allow_nonfinite: bool) -> 
     initializers = model.graph.initializers
     for name in list(initializers):
         if name in weights:
-            initializers[name].const_value = lazy_tensor(name, name, weights[name], allow_nonfinite=allow_nonfinite)
+            tensor = lazy_tensor(name, name, weights[name], allow_nonfinite=allow_nonfinite)
+            initializers[name].const_value, initializers[name].dtype = tensor, tensor.dtype
     for node in list(model.graph):
         source = (node.inputs[0].name or "") if node.op_type == "Transpose" and node.inputs[0] else ""
         if source not in weights or source not in initializers:

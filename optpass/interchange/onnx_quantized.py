@@ -2,12 +2,80 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optpass.ir.graph import Graph
+from optpass.ir.quantized import DEQUANTIZE_GROUPS, Quantized, ZeroPoints
+from optpass.ir.weights import Cast, Expression, Permute, Shape, Unary
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DEQUANTIZE, TRANSPOSE = "DequantizeLinear", "Transpose"
+GROUPS_OPSET = 21
+"""The first operator set whose DequantizeLinear knows blocks and 4 bits."""
+
+
+def opset_for(graph: Graph, asked: int) -> int:
+    """``asked``, or the first operator set that has what ``graph`` needs."""
+    grouped = any(node.target == DEQUANTIZE_GROUPS for node in graph.calls)
+    return max(asked, GROUPS_OPSET) if grouped else asked
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Translations of operators that the exporter does not know."""
+    from onnxscript import opset21
+
+    def dequantize_groups(  # type: ignore[no-untyped-def]
+        integers, scales, zero_points, quant_min, quant_max, dtype, group_size=128, output_dtype=None
+    ):
+        operands = (integers, scales) if zero_points is None else (integers, scales, zero_points)
+        return opset21.DequantizeLinear(*operands, axis=1, block_size=group_size)
+
+    return {DEQUANTIZE_GROUPS: dequantize_groups}
+
+
+@dataclass(frozen=True)
+class Packed(Unary):
+    """4-bit integers, two in a byte, the first in the low half: as ONNX stores them. uint8 of shape [⌈numel / 2⌉]."""
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return torch.uint8
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return (-(-self.operand.numel // 2),)
+
+    def evaluate(self) -> Tensor:
+        nibbles = self.operand.evaluate().flatten().to(torch.int16) & 0xF
+        if nibbles.numel() % 2:
+            nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])
+        return (nibbles[0::2] | nibbles[1::2] << 4).to(torch.uint8)
+
+    def __str__(self) -> str:
+        return f"packed({self.operand})"
+
+
+def stored(expression: Expression) -> tuple[ir.DataType | None, Expression]:
+    """The type that ONNX has for a quantised weight or its zero points, and their bytes.
+
+    ``None`` and the expression itself where its own dtype is the type.
+    """
+    import onnx_ir
+
+    inner = expression.operand if isinstance(expression, Permute) else expression
+    if isinstance(inner, Quantized) and inner.bits == 4:
+        return (onnx_ir.DataType.INT4 if inner.low < 0 else onnx_ir.DataType.UINT4), Packed(expression)
+    if isinstance(inner, ZeroPoints):
+        narrow = Cast(expression, torch.uint8)
+        return (onnx_ir.DataType.UINT4, Packed(narrow)) if inner.high == 15 else (onnx_ir.DataType.UINT8, narrow)
+    return None, expression
 
 
 def dequantize_last(model: ir.Model) -> None:
@@ -23,7 +91,7 @@ def write_zero_points(model: ir.Model) -> None:
     ONNX Runtime leaves a product in floating point whose DequantizeLinear has none, though the standard says 0 then.
     """
     for node in list(model.graph):
-        if node.op_type == DEQUANTIZE and len(node.inputs) == 2:
+        if node.op_type == DEQUANTIZE and len(node.inputs) == 2 and "block_size" not in node.attributes:
             _write_zero_point(model, node)
 
 
@@ -36,17 +104,22 @@ def _dequantized(model: ir.Model, node: ir.Node) -> ir.Node | None:
 
 
 def _swap(model: ir.Model, transpose: ir.Node, source: ir.Node) -> None:
-    """Transpose(DequantizeLinear(w)) → DequantizeLinear(Transpose(w))."""
+    """Transpose(DequantizeLinear(w)) → DequantizeLinear(Transpose(w)); scales in blocks are transposed as well."""
     import onnx_ir
 
     order = list(transpose.attributes.get_ints("perm"))
-    turned = onnx_ir.node(TRANSPOSE, [source.inputs[0]], {"perm": order}, metadata_props=dict(source.metadata_props))
+    blocked = "block_size" in source.attributes
+    operands: list[ir.Value | None] = list(source.inputs)
+    turned = [
+        onnx_ir.node(TRANSPOSE, [value], {"perm": order}, metadata_props=dict(source.metadata_props))
+        for value in operands[: len(operands) if blocked else 1]
+    ]
+    operands[: len(turned)] = [node.outputs[0] for node in turned]
     attributes = [item for name, item in source.attributes.items() if name != "axis"]
     axis = onnx_ir.AttrInt64("axis", order.index(source.attributes.get_int("axis", 1)))
-    operands = [turned.outputs[0], *source.inputs[1:]]
     real = onnx_ir.Node("", DEQUANTIZE, operands, [*attributes, axis], metadata_props=dict(source.metadata_props))
     real.outputs[0].type, real.outputs[0].shape = transpose.outputs[0].type, transpose.outputs[0].shape
-    model.graph.insert_before(transpose, [turned, real])
+    model.graph.insert_before(transpose, [*turned, real])
     transpose.outputs[0].replace_all_uses_with(real.outputs[0])
     model.graph.remove(transpose, safe=True)
     if not source.outputs[0].uses() and not source.outputs[0].is_graph_output():
@@ -67,9 +140,8 @@ def _write_zero_point(model: ir.Model, node: ir.Node) -> None:
     tensor = onnx_ir.tensor(np.zeros(shape, integers.dtype.numpy()), integers.dtype)
     # One for each: OpenVINO takes no weight for quantised that shares its zero point.
     name = f"{integers.name}.zero_point"
-    value = onnx_ir.Value(
-        name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    kind = onnx_ir.TensorType(tensor.dtype)
+    value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(shape), type=kind, const_value=tensor)
     if name not in model.graph.initializers:
         model.graph.register_initializer(value)
     node.resize_inputs(3)

@@ -6,7 +6,6 @@ keeps a compiler from seeing one attention, and every operator rounds where prec
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from optpass.interchange.external_data import EXPRESSION
@@ -23,7 +22,7 @@ KEEPS_VALUES = ("Cast", "Expand", "Identity", "Reshape", "Squeeze", "Transpose",
 def fusible_attention(model: ir.Model) -> int:
     """Rewrite attention in ``model`` in place, before its weights are written; how many places changed.
 
-    1. A mask that is the same everywhere → none: it moves all logits of a row alike.
+    1. A mask of zeros → none.
     2. The guard of a softmax against rows without a key → none, where there is no mask or a constant one that
        leaves every row a key.
     3. Keys transposed by way of three dimensions → one ``Transpose``.
@@ -32,7 +31,7 @@ def fusible_attention(model: ir.Model) -> int:
     Leaves alone: masks that are computed from inputs, and their guards.
     """
     softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
-    changed = sum(_drop_uniform_mask(node) + _drop_guard(node) for node in softmaxes)
+    changed = sum(_drop_zero_mask(node) + _drop_guard(node) for node in softmaxes)
     changed += sum(_transpose_directly(node) for node in list(model.graph) if node.op_type == "Transpose")
     changed += sum(_scale_once(node, model) for node in list(model.graph) if node.op_type == "MatMul")
     _remove_dead(model)
@@ -57,14 +56,13 @@ def biases_first(model: ir.Model) -> int:
     return changed
 
 
-def _drop_uniform_mask(softmax: ir.Node) -> bool:
+def _drop_zero_mask(softmax: ir.Node) -> bool:
     add = _producer(softmax, 0, "Add")
     if add is None:
         return False
     for index, value in enumerate(add.inputs):
         other = add.inputs[1 - index]
-        constant = _uniform(value)
-        if constant is None or not math.isfinite(constant) or other is None:
+        if _uniform(value) != 0 or other is None:
             continue
         if value is not None and value.shape is not None and len(value.shape) <= len(other.shape or ()):
             softmax.replace_input_with(0, other)
@@ -87,11 +85,16 @@ def _drop_guard(softmax: ir.Node) -> bool:
 
 
 def _leaves_a_key(mask: ir.Value | None) -> bool:
-    """Whether ``mask`` is a constant that leaves at least one key visible to every query."""
+    """Whether ``mask`` is a constant that leaves at least one key visible to every query.
+
+    The exporter hides keys by the lowest number of the dtype, to which a logit may still add up to -inf.
+    """
     import numpy as np
 
     values = _constant(mask)
-    return values is not None and values.ndim > 0 and bool(np.isfinite(values).any(axis=-1).all())
+    if values is None or values.ndim == 0 or values.dtype.kind != "f":
+        return False
+    return bool((values > np.finfo(values.dtype).min / 2).any(axis=-1).all())
 
 
 def _transpose_directly(node: ir.Node) -> bool:

@@ -313,7 +313,13 @@ def _measured(parts: Sequence[Part], request: Request, folder: Path, progress: P
         for part in runnable
     ]
     found = dict(zip(map(id, runnable), collect_evidence(subjects, request, progress), strict=True))
-    return [replace(part, evidence=found.get(id(part), part.evidence)) for part in parts]
+    return [replace(part, evidence=found.get(id(part)) or _unmeasured(part)) for part in parts]
+
+
+def _unmeasured(part: Part) -> Evidence:
+    if not part.engines or part.recipe.target.runs() != "elsewhere":
+        return part.evidence
+    return Evidence(verified=f"compiled only: engines of target {part.recipe.target_name!r} do not run on this machine")
 
 
 def _settled(recipe: Recipe, parts: Sequence[Part]) -> Recipe:

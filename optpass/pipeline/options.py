@@ -81,4 +81,5 @@ def _complaint(model: type[BaseModel], error: Any) -> str:
         return f"unknown key {place!r}{nearest(str(error['loc'][-1]), model.model_fields)}"
     if error["type"] == "missing":
         return f"{place!r} is required"
-    return f"{place!r}: {error['msg']}" if place else str(error["msg"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{place!r}: {message}" if place else message

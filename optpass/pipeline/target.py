@@ -134,6 +134,15 @@ class Target(Options):
         return [name for name in cls.packages if importlib.util.find_spec(name) is None]
 
     @classmethod
+    def lacks(cls, name: str) -> str:
+        """What has to be installed before the target can be used as ``name``, in few words; empty when nothing."""
+        if cls.missing_packages():
+            return f"needs optpass[{cls.extra}]"
+        if cls.environment is not None and cls.environment.lacks():
+            return f"needs: optpass targets install {name} ({cls.environment.gigabytes:g} GB)"
+        return ""
+
+    @classmethod
     def check_installed(cls, name: str) -> None:
         """
         Raises:

@@ -33,7 +33,7 @@ class Quantization:
     def placed(
         cls, program: Program, form: QuantizationForm | None, scheme: WeightScheme, reason: Callable[[Graph], Reason]
     ) -> Quantization:
-        """Where ``form`` (or, without one, ``scheme``) wants integers; ``reason`` says what of a graph stays real."""
+        """Where ``form`` (without one: ``scheme``) wants integers; ``reason`` says what of a graph is left alone."""
         placements = {
             name: place(graph, form, reason(graph)) if form else place_weights(graph, scheme, reason(graph))
             for name, graph in program.entries.items()

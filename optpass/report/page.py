@@ -14,6 +14,7 @@ from optpass.report.animation import Reel, reel
 from optpass.report.calibration_view import CalibrationView, calibration_view
 from optpass.report.charts import Chart
 from optpass.report.clips import Clips
+from optpass.report.coverage_view import CoverageView, coverage_view
 from optpass.report.ladder_view import RungView, ladder_view
 from optpass.report.loop_view import LoopView, loop_view
 from optpass.report.pass_views import COSTS, PassView, Verdict, changes, pass_views, verdict
@@ -35,6 +36,7 @@ class EngineView:
     size: str
     nodes: str
     details: Pairs
+    coverage: CoverageView | None
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ def _engine(record: Mapping[str, Any]) -> EngineView:
         text(record, "file"),
         units.NO_VALUE if size is None else units.size(size),
         units.NO_VALUE if nodes is None else f"{nodes:,.0f}",
-        _pairs(section(record, "details")),
+        _pairs({key: value for key, value in section(record, "details").items() if key != "coverage"}),
+        coverage_view(record),
     )
 
 

@@ -135,7 +135,7 @@ def verdict(words: str) -> Verdict:
         return Verdict("good", "✓", words)
     if words.startswith("rolled back"):
         return Verdict("open", "↺", words)
-    if not words or words.startswith("not "):
+    if not words or words.startswith(("not ", "compiled only")):
         return Verdict("open", "○", words or "not verified")
     if words.startswith(("broken", "failed", "violated")):
         return Verdict("bad", "✗", words)

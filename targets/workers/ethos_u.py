@@ -6,6 +6,8 @@ between, in the process that compiled them.
 
 from __future__ import annotations
 
+import copy
+import importlib
 import os
 import re
 from collections.abc import Iterator
@@ -26,16 +28,17 @@ _loaded: dict[str, Any] = {}
 
 def lower(program: str, entry: str, device: str, engine: str, system: str, memory: str) -> dict[str, Any]:
     """Write ``engine`` from the entry of a saved ``program``; how many operators run on the NPU, and what does not."""
-    import executorch.kernels.quantized  # noqa: F401
+    # Registers what quantises between delegates.
+    importlib.import_module("executorch.kernels.quantized")
     from executorch.backends.arm.ethosu import EthosUCompileSpec, EthosUPartitioner
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    exported = saved_programs.read(program, entry)
+    exported = saved_programs.read(program, entry, mark_integers)
     spec = EthosUCompileSpec(device, system_config=system or None, memory_mode=memory or None)
-    tosa: dict[Any, Any] = {}
-    reasons: dict[Any, Any] = {}
     start = len(serving.logged())
+    tosa: dict[bytes, bytes] = {}
+    reasons: dict[str, str] = {}
     with _recorded(tosa, reasons):
         edge = to_edge_transform_and_lower(
             exported,
@@ -43,13 +46,15 @@ def lower(program: str, entry: str, device: str, engine: str, system: str, memor
             partitioner=[EthosUPartitioner(spec)],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
-    _loaded["built"] = edge.exported_program(), tosa
+    lowered = edge.exported_program()
+    left = list(_left(lowered.graph_module, reasons))
+    # What follows rewrites the graph for ExecuTorch's memory planner.
+    _loaded["built"] = Emulated(lowered, tosa)
     with open(engine, "wb") as file:
         edge.to_executorch().write_to_file(file)
     counted = {"CPU": 0, "NPU": 0}
     for where, count in COUNT.findall(serving.logged()[start:]):
         counted[where] += int(count)
-    left = list(_left(edge.exported_program().graph_module, reasons))
     return {
         "bytes": os.path.getsize(engine),
         "npu": counted["NPU"],
@@ -57,6 +62,29 @@ def lower(program: str, entry: str, device: str, engine: str, system: str, memor
         "delegates": len(tosa),
         "left": left[:SHOWN],
     }
+
+
+def mark_integers(module: Any) -> None:
+    """Say of every operator between integers that it is one of integers.
+
+    Arm's partitioner takes only what its own quantiser has marked so, in each node's ``custom`` metadata.
+    """
+    from executorch.backends.arm.common.annotation_meta import ArmAnnotationInfo
+
+    for node in module.graph.nodes:
+        if node.op == "call_function" and _of_integers(node):
+            mark = dict(ArmAnnotationInfo(quantized=True))
+            node.meta["custom"] = {**node.meta.get("custom", {}), ArmAnnotationInfo.CUSTOM_META_KEY: mark}
+
+
+def _of_integers(node: Any) -> bool:
+    """Whether all that ``node`` reads was integers, and all that it gives becomes integers."""
+    if "quantize_per" in str(node.target):
+        return False
+    read = [each for each in node.all_input_nodes if each.op != "get_attr"]
+    given = [user for reader in node.users for user in (reader.users if "getitem" in str(reader.target) else [reader])]
+    whole = "getitem" in str(node.target) or all("dequantize_per" in str(each.target) for each in read)
+    return whole and all(".quantize_per" in str(user.target) for user in given)
 
 
 @contextmanager
@@ -101,7 +129,7 @@ def _left(module: Any, reasons: dict[str, str]) -> Iterator[dict[str, str]]:
 
 def load(engine: str, tensors: str, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
     """Emulate what was lowered last; its tensors lie in the file ``tensors``."""
-    _loaded["program"] = Emulated(*_loaded["built"])
+    _loaded["program"] = _loaded["built"]
     _loaded["inputs"] = [torch.from_numpy(array) for array in serving.mapped(tensors, inputs)]
     _loaded["outputs"] = [torch.from_numpy(array) for array in serving.mapped(tensors, outputs)]
 
@@ -116,7 +144,8 @@ class Emulated(torch.fx.Interpreter):
     """A lowered program whose delegates Arm's reference model of TOSA computes, and torch the other operators."""
 
     def __init__(self, program: Any, tosa: dict[bytes, bytes]) -> None:
-        super().__init__(program.graph_module)
+        module = program.graph_module
+        super().__init__(module, graph=copy.deepcopy(module.graph))
         self.tosa = tosa
         constants = {**program.state_dict, **program.constants}
         targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}

@@ -12,17 +12,20 @@ from typing import Any
 import serving
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-ROW = re.compile(r"^D RKNN: \[[\d:.]+\] \d+ +(\S+) +\S+ +(NPU|CPU|GPU) +.* (\S+:\S.*?) *$")
-ERROR = re.compile(r"^E (?:RKNN: \[[\d:.]+\] )?(.+)$")
+ROW = re.compile(r"^D RKNN: \[[\d:.]+\] \d+ +(\S+) +(\S+) +(NPU|CPU|GPU) +.* (\S+:\S.*?) *$")
+ERROR = re.compile(r"(?:^E |E RKNN: \[[\d:.]+\] )(.+)$")
 RAISED = re.compile(r"^\w*(?:Error|Exception): (?!Traceback)(.+)$")
 RULE = re.compile(r"disable_rules=\['(\w+)'\]")
-HARMLESS = ("Unkown op target: 0",)
-"""What the toolkit logs as an error of models that its simulator then computes rightly."""
+FATAL = re.compile(r"\bfail|\bexceed|not support|unsupport\w* (?:\w+ )?op\b|\bREGTASK\b|\binvalid\b", re.IGNORECASE)
+"""Of what the toolkit logs as errors while it returns success: those after which the file is of no use on a chip."""
+NOISE = ("Unkown op target: 0", "rknn-toolkit2 version")
+"""Logged as errors of models that its simulator and its own memory planner have no trouble with."""
 CRASHING = ("fuse_slice_slice_concat_to_conv",)
 """Rewrites that end the process with a segmentation fault; this one on the swapped halves of a 2-D tensor, which
 every embedding of timesteps has."""
 ENDS = ("InputOperator", "OutputOperator")
 RETRIES = 8
+SHOWN = 20
 _loaded: dict[str, Any] = {}
 
 
@@ -49,16 +52,21 @@ def build(onnx: str, platform: str, engine: str, optimization_level: int) -> dic
                 continue
             raise RefusedError(_reason(log) or str(error)) from None
         log = ANSI.sub("", serving.logged()[start:])
-        if reason := _reason(log):
-            raise RefusedError(reason)
+        complaints = _complaints(log)
+        if fatal := [text for text in complaints if FATAL.search(text)]:
+            raise RefusedError(fatal[0])
         break
     placed = [match.groups() for match in map(ROW.match, log.splitlines()) if match and match[1] not in ENDS]
     return {
         "bytes": os.path.getsize(engine),
         "operators": len(placed),
-        "native": sum(where == "NPU" for _, where, _ in placed),
-        "left": [{"operator": kind, "name": name.split(":", 1)[-1]} for kind, where, name in placed if where != "NPU"],
+        "native": sum(where == "NPU" for _, _, where, _ in placed),
+        "integer": sum(dtype.startswith("INT8") for _, dtype, _, _ in placed),
+        "left": [
+            {"operator": kind, "name": name.split(":", 1)[-1]} for kind, _, where, name in placed if where != "NPU"
+        ],
         "left_out": left_out[len(CRASHING) :],
+        "complaints": complaints[:SHOWN],
     }
 
 
@@ -99,13 +107,15 @@ def _expect(step: str, status: int) -> None:
 
 
 def _reason(log: str) -> str:
-    """The first error that the toolkit logged and that is none of the harmless ones; it may return success beside."""
-    lines = log.splitlines()
-    raised = [match[0] for match in map(RAISED.match, lines) if match]
-    if raised:
-        return raised[0]
-    errors = [match[1] for match in map(ERROR.match, lines) if match]
-    return next((text for text in errors if text not in HARMLESS and not text.startswith("rknn-toolkit2")), "")
+    """Why a step failed: what was raised in the toolkit, else the first error that it logged."""
+    raised = [match[0] for match in map(RAISED.match, log.splitlines()) if match]
+    return next(iter([*raised, *_complaints(log)]), "")
+
+
+def _complaints(log: str) -> list[str]:
+    """The errors that the toolkit logged, each once."""
+    found = [match[1].strip() for match in map(ERROR.search, log.splitlines()) if match]
+    return [text for text in dict.fromkeys(found) if not text.startswith(NOISE) and "Traceback" not in text]
 
 
 def load(engine: str, tensors: str, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:

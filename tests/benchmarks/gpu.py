@@ -73,12 +73,10 @@ def main() -> int:
 
 def _unfit(device: str, target: str) -> str:
     """Why nothing can be measured here; empty where it can."""
-    if target not in target_names():
-        return f"bench-gpu: target {target!r} is not installed"
-    if device == "cpu" or torch.cuda.is_available():
-        return ""
-    build = "this build of PyTorch has no CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"
-    return f"bench-gpu: no GPU to measure on: {build} ({torch.__version__})"
+    if device == "cuda" and not torch.cuda.is_available():
+        build = "this build of PyTorch has no CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"
+        return f"bench-gpu: no GPU to measure on: {build} ({torch.__version__})"
+    return "" if target in target_names() else f"bench-gpu: target {target!r} is not installed"
 
 
 def _device_name(device: str) -> str:

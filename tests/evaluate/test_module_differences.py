@@ -73,7 +73,7 @@ def test_stages_are_compared_with_the_checkpoint_and_with_one_another(halved):
         # Eleven bits, and roundings that add up.
         assert 50 < item.reference[OPTIMISED].snr < 90
         assert item.reference[ENGINE].snr > 50
-        assert item.previous[ONNX].snr > item.reference[ONNX].snr - 6
+        assert item.previous[ONNX].snr > 50
 
 
 def test_the_first_module_that_departs_is_named(halved):
@@ -128,12 +128,12 @@ def test_another_checkpoint_is_refused(halved, tmp_path, capture_module):
         module_differences(str(tmp_path / "other"), halved[1], "1")
 
 
-def test_resized_inputs_are_compared_from_the_optimised_program_on(tmp_path, capture_module):
+def test_resized_inputs_are_compared_with_the_checkpoint_at_their_size(tmp_path, capture_module):
     program = capture_module(Net, x=torch.zeros(3, 8))[0]
     checkpoint, bundle = made(tmp_path, program, [{"resize-inputs": {"inputs": {"x": [5, 8]}}}])
     found = module_differences(checkpoint, bundle, "1")
-    assert "another size" in found.stages[0].note
-    assert all(not item.reference and item.previous[ENGINE].snr > 100 for item in found.modules)
+    assert [item.shape for item in found.modules] == [(5, 8), (5, 2)]
+    assert all(item.reference[ENGINE].snr > 100 for item in found.modules)
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,12 @@ def test_the_command_prints_a_table_or_json(halved, monkeypatch, capsys):
     for flag in ([], ["--json"]):
         monkeypatch.setattr("sys.argv", ["optpass", "compare", *map(str, halved), "--modules", "blocks.?", *flag])
         capsys.readouterr()
-        cli.main()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
         out = capsys.readouterr().out
         if flag:
             assert [item["path"] for item in json.loads(out)["modules"]] == ["blocks.0", "blocks.1", "blocks.2"]
         else:
             assert "engine departs nowhere from the stage before" in out
-            assert out.count(" dB") > 9
+            assert out.count(" dB") >= 9

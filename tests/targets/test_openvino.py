@@ -171,6 +171,17 @@ def test_every_option_gives_the_same_result(options: dict[str, Any], captured: A
     torch.testing.assert_close(found["logits"], expected["logits"], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_files_are_foreseen(half: bool, captured: Any, tmp_path: Path) -> None:
+    program, _, _ = captured("transformer")
+    target = OpenVino(half=half)
+    foreseen = target.predict(program)
+    target.lower(program, Lowering(tmp_path))
+    found = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert 0.8 * found < foreseen.disk < 1.4 * found
+    assert foreseen.loaded > program.used_weights().nbytes
+
+
 def test_a_cache_is_kept_with_the_users(captured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "out").mkdir()

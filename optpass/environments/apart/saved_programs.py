@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import mmap
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,13 +29,16 @@ DTYPES = {
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def read(folder: str, entry: str) -> Any:
+def read(folder: str, entry: str, prepare: Callable[[Any], None] = lambda module: None) -> Any:
     """The entry of the Program saved in ``folder``, traced again over its values, every node with its module's path.
+
+    ``prepare`` may edit the module before.
 
     Attention is written out as products and a softmax: torch's own form also watches for rows that hide
     everything, in operators that no device has.
     """
-    import torch.ao.quantization.fx._decomposed  # Registers the operators of quantised programs.
+    # Registers the operators of quantised programs.
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
 
     with open(os.path.join(folder, "program.json"), encoding="utf-8") as file:
         index = json.load(file)
@@ -44,6 +49,10 @@ def read(folder: str, entry: str) -> Any:
     inputs = values[len(exported.graph_signature.parameters) + len(exported.graph_signature.buffers) :]
     module = exported.module(check_guards=False)
     _write_out_attention(module)
+    _write_out_zero_points(module)
+    _give_readers_their_own(module.graph)
+    prepare(module)
+    module.recompile()
     example = tuple(torch.zeros(value.shape, dtype=value.dtype) for value in inputs)
     return torch.export.export(module, example, strict=False)
 
@@ -100,7 +109,32 @@ def _write_out_attention(module: Any) -> None:
             made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
         node.replace_all_uses_with(result)
         graph.erase_node(node)
-    module.recompile()
+
+
+def _write_out_zero_points(module: Any) -> None:
+    """Give symmetric channels the zero points that their operator may leave out, and its readers here may not."""
+    for index, node in enumerate(list(module.graph.nodes)):
+        if "quantize_per_channel" not in str(node.target) or node.args[2] is not None:
+            continue
+        name = f"zero_points_{index}"
+        module.register_buffer(name, torch.zeros(node.args[1].meta["val"].shape, dtype=torch.int64))
+        with module.graph.inserting_before(node):
+            zeros = module.graph.get_attr(name)
+        node.args = (*node.args[:2], zeros, *node.args[3:])
+
+
+def _give_readers_their_own(graph: Any) -> None:
+    """Copy each dequantisation for each of its readers, as torch's own quantisation has it.
+
+    Partitioners take one together with its reader, and shared ones would tie their delegates into knots.
+    """
+    for node in list(graph.nodes):
+        if "dequantize_per" not in str(node.target):
+            continue
+        for reader in list(node.users)[1:]:
+            with graph.inserting_before(reader):
+                own = graph.node_copy(node)
+            reader.replace_input_with(node, own)
 
 
 def _plain(node: Any) -> bool:

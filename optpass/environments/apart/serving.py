@@ -16,6 +16,7 @@ import traceback
 from typing import Any
 
 LOG = "log.txt"
+MESSAGE = 1000
 
 
 def mapped(path: str, specs: list[dict[str, Any]]) -> list[Any]:
@@ -33,6 +34,15 @@ def logged() -> str:
     sys.stderr.flush()
     with open(LOG, "rb") as file:
         return file.read().decode("utf-8", "replace")
+
+
+def told(error: BaseException) -> dict[str, str]:
+    """The first cause of ``error``: what compilers wrap it in says where they were, and not what is wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    kind, message = type(error).__name__, " ".join(str(error).split())
+    own = kind == "RefusedError"
+    return {"kind": kind, "message": (message if own else f"{kind}: {message}")[:MESSAGE]}
 
 
 def main() -> None:
@@ -55,7 +65,7 @@ def main() -> None:
         except BaseException as error:
             # SystemExit too: some compilers end the process where they mean to raise.
             traceback.print_exc()
-            answer = {"error": {"kind": type(error).__name__, "message": str(error)}}
+            answer = {"error": told(error)}
         answers.write(json.dumps(answer) + "\n")
 
 
