@@ -15,6 +15,7 @@ import typer
 from optpass import __version__, cli_targets, console
 from optpass.cli_options import Debug, Json
 from optpass.errors import OptpassError, UserError
+from optpass.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from optpass.capture.spans import Size
@@ -659,6 +660,7 @@ def _one_of(flag: str, value: str, known: Sequence[str]) -> None:
 
 def main() -> None:
     """Entry point of the ``optpass`` command."""
+    quiet_imports()
     # Importing torch and diffusers makes a million objects that stay: collecting among them costs seconds.
     gc.set_threshold(200_000, 50, 1000)
     try:

@@ -11,6 +11,15 @@ from types import ModuleType
 TELLERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 """Loggers that print, at length, what the error that follows says."""
 
+IMPORTED = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Loggers that tell, when diffusers imports torchao, of GPU libraries that are not there."""
+
+
+def quiet_imports() -> None:
+    """From now on without what libraries say of each other while they are imported."""
+    for library in IMPORTED:
+        logging.getLogger(library).setLevel(logging.ERROR)
+
 
 @contextmanager
 def quiet(library: str, level: int = logging.ERROR) -> Iterator[None]:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from optpass.analysis.module_paths import matches
+from optpass.ir.graph import path_of
 from optpass.ir.program import Program
 from optpass.pipeline.passes import Context
 from optpass.quantization.options import QuantizingPass
+from optpass.quantization.scopes import facts
+from optpass.rewrite.conversion import convert
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Quantize(QuantizingPass):
@@ -14,6 +25,7 @@ class Quantize(QuantizingPass):
     being the target's: x86 runtimes get unsigned activations, int32 biases and integer additions where a residual
     stream feeds convolutions; other compilers symmetric int8 at convolutions and matrix products. `form` overrides
     it. `w8` and `w4`: weights of linears alone, in groups along their rows; activations stay real, nothing is executed.
+    `fp16` and `bf16`: weights and compute in half precision, as `cast` has it, with the same scopes as the others.
 
     Ranges are found by NNCF over a calibration set: what each entry is called with while the checkpoint's pipeline
     generates (all timesteps, seeded), a dataset or folder (`data`), or, where there is neither, random inputs, which
@@ -27,6 +39,10 @@ class Quantize(QuantizingPass):
     weight-only groups as in its `compress_weights`.
     """
 
+    scheme: Literal["int8", "w8", "w4", "fp16", "bf16"] = Field(  # type: ignore[assignment]
+        "int8", description="int8 weights and activations; weights alone; or half precision"
+    )
+
     of_activations = (*QuantizingPass.of_activations, "data", "calibration")
 
     @property
@@ -34,6 +50,8 @@ class Quantize(QuantizingPass):
         return self.scheme == "int8"
 
     def run(self, program: Program, context: Context) -> Program:
+        if self.scheme in HALVES:
+            return self._halved(program, context)
         quantization = self.placed(program, context)
         self.report(quantization, context)
         if quantization.is_empty:
@@ -43,3 +61,19 @@ class Quantize(QuantizingPass):
             self.settle_set(calls, context)
             quantization = quantization.calibrated(program, calls, self.method)
         return quantization.applied(program)
+
+    def _halved(self, program: Program, context: Context) -> Program:
+        """Half precision, but for the modules that the scopes leave real."""
+        real = {
+            path_of(node)
+            for graph in program.entries.values()
+            for reason in (self.reason(graph),)
+            for node in facts(graph)
+            if reason(node)
+        }
+        result, changed = convert(program, HALVES[self.scheme], lambda path: path in real or matches(path, self.keep))
+        for name in changed:
+            context.rewrote(name)
+        for path in sorted(real):
+            context.decline(path, "left real, as asked")
+        return result

@@ -17,8 +17,8 @@ from optpass.interchange.onnx_folder import OnnxFolder, write_onnx_folder
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
 from optpass.ir.weights import WeightStore
-from optpass.pipeline.onnx_support import onnx_unsupported
-from optpass.pipeline.target import COPIES, Footprint, LoweredEntry, Lowering, Runner, Target, Unsupported
+from optpass.pipeline.onnx_support import NODE_IN_MEMORY, exporting_memory, onnx_unsupported
+from optpass.pipeline.target import Footprint, LoweredEntry, Lowering, Runner, Target, Unsupported
 from optpass.quantization.form import CPU, QuantizationForm
 
 SUPPORTED = frozenset(
@@ -32,9 +32,8 @@ LEVELS = {
 }
 ERRORS_ONLY = 3
 LARGE = 1 << 30
-EXPORTER, RUNTIME = 100 << 20, 50 << 20
-"""Memory of the exporter and its optimiser, which imports an evaluator; and what stays with ONNX Runtime itself."""
-NODE_IN_MEMORY = 40 << 10
+RUNTIME = 50 << 20
+"""What stays with ONNX Runtime itself."""
 NODE_ON_DISK, LETTER_ON_DISK = 140, 33
 """Bytes of a node, and for each letter of its module path, which stands in it with those of all modules around."""
 MACHINE_WORD = 4
@@ -210,11 +209,10 @@ def _footprint(graph: Graph, weights: WeightStore) -> Footprint:
     for name, expression in read.items():
         wide = expression.numel * max(expression.dtype.itemsize, MACHINE_WORD)
         loaded += wide * (2 if name in convolved else 1) + (expression.nbytes if wide > expression.nbytes else 0)
-    largest = max((expression.nbytes for expression in read.values()), default=0)
     nodes = NODE_IN_MEMORY * len(graph.calls)
     return Footprint(
         disk=sum(NODE_ON_DISK + LETTER_ON_DISK * len(path_of(node)) for node in graph.calls),
-        lowering=EXPORTER + nodes + COPIES * largest,
+        lowering=exporting_memory(graph, weights),
         checking=RUNTIME + nodes + (0 if read.nbytes > LARGE else loaded),
         loaded=RUNTIME + nodes + loaded,
     )

@@ -20,9 +20,9 @@ from optpass.interchange.onnx_file import OnnxFacts, module_path
 from optpass.interchange.onnx_folder import write_onnx_folder
 from optpass.interchange.openvino_ir import SharedIr, converted
 from optpass.ir.program import Program
-from optpass.ir.weights import dtype_from_name
-from optpass.pipeline.onnx_support import onnx_unsupported
-from optpass.pipeline.target import Coverage, LoweredEntry, Lowering, Runner, Target, Unsupported
+from optpass.ir.weights import Expression, dtype_from_name
+from optpass.pipeline.onnx_support import exporting_memory, onnx_unsupported
+from optpass.pipeline.target import Coverage, Footprint, LoweredEntry, Lowering, Runner, Target, Unsupported
 from optpass.quantization.form import CPU, QuantizationForm
 from optpass.quiet import first_lines
 
@@ -52,6 +52,10 @@ SILENT = frozenset({"Const", "Input", "Output"})
 LARGE = 1 << 30
 WEIGHTS = "weights.bin"
 SHOWN = 5
+RUNTIME, NODE_LOADED, NODE_ON_DISK = 20 << 20, 60 << 10, 1000
+"""Memory that stays with OpenVINO itself, and of a node when it is compiled; its bytes in the XML. On TAEF2's decoder,
+a ViT-Ti and a video UNet."""
+MACHINE_WORD = 4
 GROUP = 32
 """Inputs that share a scale, where activations are quantised at run time: OpenVINO's own default."""
 
@@ -89,6 +93,32 @@ class OpenVino(Target):
         """Operators without a translation to ONNX, and dtypes that OpenVINO lacks, by module path."""
         return [found for graph in program.entries.values() for found in onnx_unsupported(graph, SUPPORTED, "OpenVINO")]
 
+    def predict(self, program: Program) -> Footprint:
+        """Files: the weights once, and for each node its record in the XML; the ONNX form beside them is temporary.
+
+        Loaded, a model holds every weight in 32 bits, packed for its kernels.
+        """
+        used = program.used_weights()
+        graphs = program.entries.values()
+        loaded = 0
+        for graph in graphs:
+            read = program.weights.restricted(graph.weight_names)
+            words = sum(max(expression.nbytes, MACHINE_WORD * expression.numel) for expression in read.values())
+            loaded += RUNTIME + NODE_LOADED * len(graph.calls) + words
+        nodes = sum(len(graph.calls) for graph in graphs)
+        stored = sum(self._stored(expression) for expression in used.values())
+        return Footprint(
+            disk=stored + NODE_ON_DISK * nodes,
+            # A converted model holds its constants.
+            lowering=max(exporting_memory(graph, program.weights) for graph in graphs) + used.nbytes,
+            checking=0 if used.nbytes > LARGE else loaded,
+            loaded=loaded,
+        )
+
+    def _stored(self, expression: Expression) -> int:
+        halved = self.half and expression.dtype is torch.float32
+        return expression.nbytes // 2 if halved else expression.nbytes
+
     def lower(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
         """Write ``ENTRY.xml`` for every entry, ``weights.bin`` for all, and load each once.
 
@@ -99,7 +129,7 @@ class OpenVino(Target):
             MissingValuesError: the Program was captured structure-only.
             UserError: the graph has no ONNX form, OpenVINO cannot convert or compile it, or the device is not there.
         """
-        self._check_device()
+        self.check_machine()
         weights = lowering.folder / WEIGHTS
         with tempfile.TemporaryDirectory(dir=lowering.folder, prefix="onnx-") as temporary:
             files = write_onnx_folder(
@@ -156,10 +186,10 @@ class OpenVino(Target):
             UserError: OpenVINO refuses the file, or the device is not there.
         """
         target = cls.of("openvino", options)
-        target._check_device()
+        target.check_machine()
         return Requests(target._compiled(folder / str(entry["engine"])), entry)
 
-    def _check_device(self) -> None:
+    def check_machine(self) -> None:
         """
         Raises:
             UserError: this machine has no such device, or no driver of it.

@@ -12,8 +12,8 @@ from optpass.analysis.operators import argument, aten
 from optpass.interchange.onnx_file import untranslatable
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.text import operator_name
-from optpass.ir.weights import dtype_name
-from optpass.pipeline.target import Unsupported
+from optpass.ir.weights import WeightStore, dtype_name
+from optpass.pipeline.target import COPIES, Unsupported
 
 DOUBLE = frozenset(
     [
@@ -43,6 +43,8 @@ DOUBLE = frozenset(
 """Operators that engines take in f64: those in which models compute the angles of rotary embeddings."""
 DIVISIBLE = (aten.avg_pool2d.default, aten.avg_pool3d.default)
 """Average pools that take a divisor, which their translation passes over."""
+EXPORTER, NODE_IN_MEMORY = 100 << 20, 40 << 10
+"""Memory of the exporter and its optimiser, which imports an evaluator; and of each node, in any form of the graph."""
 ADVICE = {torch.bfloat16: "; cast to f16 or f32", torch.float64: "; capture or cast to f32"}
 
 
@@ -64,6 +66,13 @@ def onnx_unsupported(graph: Graph, dtypes: Collection[torch.dtype], engine: str)
             yield Unsupported(path_of(node), operator_name(node), "ONNX averages over the window: divisor_override")
     for node in untranslatable(graph):
         yield Unsupported(path_of(node), operator_name(node), "ONNX has no translation of this operator")
+
+
+def exporting_memory(graph: Graph, weights: WeightStore) -> int:
+    """Bytes that writing ``graph`` as ONNX takes at most: the graph, and :data:`COPIES` of its largest weight."""
+    read = weights.restricted(graph.weight_names)
+    largest = max((expression.nbytes for expression in read.values()), default=0)
+    return EXPORTER + NODE_IN_MEMORY * len(graph.calls) + COPIES * largest
 
 
 def _dtypes(node: Node) -> list[torch.dtype]:

@@ -22,6 +22,7 @@ from optpass.quantization.ranges import Correction, Estimator, Method
 from optpass.quantization.scopes import Fact, facts, left_alone, unmatched
 from optpass.runtime.sampling import LABELS, Asked
 
+Scheme = Literal["int8", "w8", "w4"]
 GROUP = 128
 BATCH_NORMS = frozenset(
     {torch.ops.aten.batch_norm.default, torch.ops.aten._native_batch_norm_legit_no_training.default}
@@ -31,7 +32,7 @@ BATCH_NORMS = frozenset(
 class QuantizingPass(Pass):
     """A pass that puts integers into a Program; what it then does with that is up to a subclass."""
 
-    scheme: Literal["int8", "w8", "w4"] = Field("int8", description="int8 weights and activations, or weights alone")
+    scheme: Scheme = Field("int8", description="int8 weights and activations, or weights alone")
     form: Literal["auto", "portable", "cpu", "integer"] = Field("auto", description="int8: auto is the target's own")
     symmetric: bool = Field(True, description="w8, w4: no zero points")
     group_size: int | None = Field(None, ge=0, description="w8, w4: weights that share a scale; 0 is a whole row")
@@ -67,7 +68,8 @@ class QuantizingPass(Pass):
 
     @model_validator(mode="after")
     def _of_its_scheme(self) -> Self:
-        for name in ("symmetric", "group_size") if self.scheme == "int8" else self.of_activations:
+        of_weights = () if self.scheme in ("w8", "w4") else ("symmetric", "group_size")
+        for name in (*of_weights, *(() if self.scheme == "int8" else self.of_activations)):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name!r} says nothing of scheme {self.scheme!r}")
         if self.group_size == 1:
@@ -96,10 +98,10 @@ class QuantizingPass(Pass):
 
     @staticmethod
     def report(quantization: Quantization, context: Context) -> None:
-        """Every weight that becomes integers as a site, and what was declined."""
+        """Every operator that reads integers as a site, and what was declined."""
         for name, placement in quantization.placements.items():
-            for weight in placement.weights:
-                context.rewrote(weight.operator, name)
+            for operator in dict.fromkeys([*(w.operator for w in placement.weights), *placement.operators]):
+                context.rewrote(operator, name)
             for node, why in placement.declined:
                 context.decline(node, why, name)
 
