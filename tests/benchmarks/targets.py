@@ -54,7 +54,8 @@ class Row:
     """One build. Seconds, bytes, decibels and milliseconds; ``None`` where a thing was not or cannot be measured.
 
     ``snr`` is the engine's against ONNX Runtime's of the same Program, ``snr_checkpoint`` against the checkpoint
-    computed in float32; ``load`` is that of the machine while ``milliseconds`` were measured; ``coverage`` as :class:`optpass.pipeline.target.Coverage` has it, without the places.
+    computed in float32; ``load`` is that of the machine while ``milliseconds`` were measured; ``coverage`` as
+    :class:`optpass.pipeline.target.Coverage` has it, without the places.
     """
 
     model: str
@@ -262,8 +263,8 @@ INTRODUCTION = (
     "device's own kernels run, as its compiler says. The signal-to-noise ratios are the worst output's over random "
     "inputs: against ONNX Runtime's engine of the same Program, and against the checkpoint in float32 (what a form "
     "costs is in the second alone). Times are medians on this machine, of engines that run here at their own speed; "
-    "an engine that was compiled and not run has none, and *busy* is where others used the machine meanwhile (the times "
-    "are in the rows, with the load)."
+    "an engine that was compiled and not run has none, and *busy* is where others used the machine meanwhile (the "
+    "times are in the rows, with the load)."
 )
 
 
