@@ -7,7 +7,7 @@ CHECKPOINT := tests/checkpoints/moving-digits
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format results bench bench-lora bench-caching bench-pruning bench-gpu wheel clean
+.PHONY: help install demo test test-all lint format results bench bench-lora bench-caching bench-pruning bench-quantization bench-int8 bench-targets bench-gpu test-targets wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,6 +56,16 @@ bench-caching: $(STAMP)  ## cache-features beside DeepCache on moving-digits; wr
 bench-pruning: $(STAMP)  ## prune-channels beside Torch-Pruning, quality of moving-digits; writes docs/results/pruning.md
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[peers]'
 	$(BIN)/python tests/benchmarks/pruning.py --out docs/results/pruning.md
+
+bench-quantization: $(STAMP)  ## int8 beside NNCF, quantize_static and Olive on this CPU; writes docs/results/quantization.md
+	$(BIN)/python tests/benchmarks/quantization.py --out docs/results/quantization.md
+
+bench-int8: $(STAMP)  ## moving-digits in int8, alone and with Clockwork; writes docs/results/int8-digits.md
+	$(BIN)/python tests/benchmarks/int8_digits.py --out docs/results/int8-digits.md
+
+test-targets: $(STAMP)  ## Tests of the targets that make test skips; installs what the registry has
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[targets]'
+	$(BIN)/python -m pytest -m 'not slow' tests/targets tests/cli/test_targets.py
 
 bench-gpu: $(STAMP)  ## Denoisers on CUDA beside PyTorch's own ways; writes docs/results/gpu.md (exit 3 without a GPU)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[peers]'

@@ -24,7 +24,7 @@ def markdown(record: Mapping[str, Any], command: str) -> str:
     shown = headers(record)
     lines = [_cells(shown), "|" + "|".join(["---"] + ["---:"] * (len(shown) - 1)) + "|"]
     lines += [_cells([_escaped(cell) for cell in row]) for row in rows(record)]
-    remarked = [f"- {line}" for line in remarks(record)]
+    remarked = [f"- {_escaped(line)}" for line in remarks(record)]
     return "\n".join([f"`{command}`", "", *lines, "", *remarked, ""])
 
 

@@ -14,6 +14,7 @@ from optpass.environments.worker import Worker
 from optpass.interchange.storage import save_program
 from optpass.ir.program import Program
 from optpass.pipeline.target import Execution, Footprint, LoweredEntry, Lowering
+from optpass.quantization.form import INTEGER, QuantizationForm
 
 PORTABLE = "the delegate takes no such operator here: ExecuTorch's portable kernels run it, slowly"
 COMPILER = 700 << 20
@@ -43,6 +44,7 @@ class ExecuTorch(ApartTarget):
         gigabytes=1.8,
         licence="BSD-3-Clause; Vela and the TOSA tools are Apache-2.0",
     )
+    quantization: ClassVar[QuantizationForm] = INTEGER
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
     dtypes: ClassVar[frozenset[torch.dtype]] = floats | {
         torch.int64,

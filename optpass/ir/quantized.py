@@ -60,8 +60,10 @@ class Steps(Expression):
     """The scales of a weight, by its own extremes: the step from one integer to the next. float32.
 
     One for each channel along ``axis``, shape [channels]; with ``groups``, the weight being a matrix [out, in] whose
-    rows are cut into so many groups, [out, groups]. Symmetric: max|w| / ``high``; else (max − min) / (high − low), the
-    range widened to hold 0. Where all values are 0, the step is 1.
+    rows are cut into so many groups, [out, groups]. Symmetric: max|w| / ``high``, or, where ``low`` is one integer
+    further from 0, what makes the greater extreme ``low``: the step is then negative where that extreme is positive,
+    as NNCF compresses weights. Else (max − min) / (high − low), the range widened to hold 0. Where all values are 0,
+    the step is 1.
     """
 
     operand: Expression
@@ -78,8 +80,13 @@ class Steps(Expression):
 
     def evaluate(self) -> Tensor:
         least, most = _extremes(self.operand.evaluate().float(), self.axis, self.groups)
-        steps = torch.maximum(-least, most) / self.high if self.symmetric else (most - least) / (self.high - self.low)
-        return torch.where(steps > 0, steps, torch.ones_like(steps))
+        if not self.symmetric:
+            steps = (most - least) / (self.high - self.low)
+        elif -self.low > self.high:
+            steps = torch.where(-least >= most, least, most) / self.low
+        else:
+            steps = torch.maximum(-least, most) / self.high
+        return torch.where(steps != 0, steps, torch.ones_like(steps))
 
     def operands(self) -> tuple[Expression, ...]:
         return (self.operand,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import saved_programs
@@ -12,6 +13,7 @@ import serving
 import torch
 
 SHOWN = 200
+PRODUCTS = ("aten.conv", "aten.linear")
 DELEGATE = "executorch_call_delegate"
 _loaded: dict[str, Any] = {}
 
@@ -49,7 +51,7 @@ def lower(program: str, entry: str, backend: str, engine: str) -> dict[str, Any]
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    exported = saved_programs.read(program, entry)
+    exported = saved_programs.read(program, entry, make_weights_real)
     edge = to_edge_transform_and_lower(
         exported,
         # XNNPACK drops copies that change nothing, and then fails where both sides of one leave a delegate.
@@ -61,6 +63,31 @@ def lower(program: str, entry: str, backend: str, engine: str) -> dict[str, Any]
     with open(engine, "wb") as file:
         edge.to_executorch().write_to_file(file)
     return {"bytes": os.path.getsize(engine), **found}
+
+
+def make_weights_real(module: Any) -> None:
+    """Give products whose result stays real the real values of integer weights.
+
+    XNNPACK's integer kernels give integers; of a product that gives reals its partitioner takes some, and computes
+    with the integers as though they were the weights.
+    """
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or len(node.args) < 2 or not str(node.target).startswith(PRODUCTS):
+            continue
+        weight = node.args[1]
+        if "dequantize_per_channel" not in str(getattr(weight, "target", "")) or _becomes_integers(node):
+            continue
+        values = [attrgetter(each.target)(module) if isinstance(each, torch.fx.Node) else each for each in weight.args]
+        name = f"real_{weight.name}"
+        module.register_buffer(name, weight.target(*values, **weight.kwargs).detach())
+        with module.graph.inserting_before(node):
+            node.update_arg(1, module.graph.get_attr(name))
+
+
+def _becomes_integers(node: Any) -> bool:
+    """Whether all readers of ``node`` quantise it, maybe behind an activation that the kernels include."""
+    readers = [each for user in node.users for each in (user.users if ".relu" in str(user.target) else [user])]
+    return all(".quantize_per" in str(each.target) for each in readers)
 
 
 def coverage(module: Any) -> dict[str, Any]:

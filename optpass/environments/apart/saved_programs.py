@@ -50,7 +50,9 @@ def read(folder: str, entry: str, prepare: Callable[[Any], None] = lambda module
     module = exported.module(check_guards=False)
     _write_out_attention(module)
     _write_out_zero_points(module)
+    _give_readers_their_own(module.graph)
     prepare(module)
+    module.recompile()
     example = tuple(torch.zeros(value.shape, dtype=value.dtype) for value in inputs)
     return torch.export.export(module, example, strict=False)
 
@@ -107,7 +109,6 @@ def _write_out_attention(module: Any) -> None:
             made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
         node.replace_all_uses_with(result)
         graph.erase_node(node)
-    module.recompile()
 
 
 def _write_out_zero_points(module: Any) -> None:
@@ -120,7 +121,20 @@ def _write_out_zero_points(module: Any) -> None:
         with module.graph.inserting_before(node):
             zeros = module.graph.get_attr(name)
         node.args = (*node.args[:2], zeros, *node.args[3:])
-    module.recompile()
+
+
+def _give_readers_their_own(graph: Any) -> None:
+    """Copy each dequantisation for each of its readers, as torch's own quantisation has it.
+
+    Partitioners take one together with its reader, and shared ones would tie their delegates into knots.
+    """
+    for node in list(graph.nodes):
+        if "dequantize_per" not in str(node.target):
+            continue
+        for reader in list(node.users)[1:]:
+            with graph.inserting_before(reader):
+                own = graph.node_copy(node)
+            reader.replace_input_with(node, own)
 
 
 def _plain(node: Any) -> bool:
