@@ -18,10 +18,12 @@ from optpass.errors import UserError, nearest
 from optpass.evaluate.difference import program_calls, program_runners
 from optpass.evaluate.trials import random_inputs
 from optpass.evaluate.walks import period, walk
+from optpass.ir.graph import TensorSpec
 from optpass.ir.hashing import tensor_digest
 from optpass.ir.interface import Interface
 from optpass.ir.program import Program
 from optpass.pipeline.target import Runner
+from optpass.quiet import first_lines
 from optpass.runtime.folder import build_pipeline
 from optpass.runtime.loop import call_runners
 from optpass.runtime.looped import engine_module
@@ -147,8 +149,11 @@ def given_set(program: Program, data: str, *, count: int) -> CalibrationSet:
     watched = _Watched(program, count)
     run = call_runners(program, watched.runners)[name]
     items = _from_folder(Path(data), program, call) if Path(data).exists() else _from_object(data)
+    index = -1
     for index, item in enumerate(islice(items, count)):
         run(_bound(item, call, f"{data}, item {index}"))
+    if index < 0:
+        raise UserError(f"data: {data} has no item")
     return watched.found(data)
 
 
@@ -190,9 +195,11 @@ def _from_folder(folder: Path, program: Program, call: Interface) -> Iterator[An
     for path in known:
         try:
             is_image = images is not None and path.suffix.lower() in IMAGES
-            yield images(path) if is_image else _tensors(path)  # type: ignore[misc]
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"data: cannot read {path}: {error}") from error
+            item = images(path) if is_image else _tensors(path)  # type: ignore[misc]
+        # Each format has exceptions of its own for a damaged file.
+        except Exception as error:
+            raise UserError(f"data: cannot read {path}: {first_lines(error, 1)}") from error
+        yield item
 
 
 def _tensors(path: Path) -> Any:
@@ -233,12 +240,12 @@ def _images(program: Program, call: Interface) -> Any:
 
 
 def _bound(item: Any, call: Interface, where: str) -> dict[str, Tensor]:
-    """``item`` as the call's inputs by name; a batch that it has and the model has not is taken one by one's first.
+    """``item`` as the call's inputs by name; where it has no batch, it is one of 1.
 
     Raises:
-        UserError: inputs are missing or do not fit.
+        UserError: inputs are missing, do not fit, or hold NaN or Inf.
     """
-    specs = {spec.name: spec for spec in call.inputs_at()}
+    specs = {spec.name: spec for spec in call.inputs}
     if isinstance(item, (tuple, list)):
         item = dict(zip(specs, item, strict=False))
     elif isinstance(item, (Tensor, np.ndarray)):
@@ -247,15 +254,20 @@ def _bound(item: Any, call: Interface, where: str) -> dict[str, Tensor]:
         raise UserError(f"data: {where} is a {type(item).__name__}, and not inputs by name")
     if missing := [name for name in specs if name not in item]:
         raise UserError(f"data: {where} has no {missing[0]!r}{nearest(missing[0], map(str, item))}")
-    found = {}
-    for name, spec in specs.items():
-        value = torch.as_tensor(item[name])
-        if value.ndim == len(spec.shape) - 1:
-            value = value.unsqueeze(0)
-        if call.dimensions or tuple(value.shape) == spec.shape:
-            found[name] = value.to(spec.dtype)
-            continue
-        raise UserError(
-            f"data: {where} has {name} of shape {list(value.shape)}, and the model takes {list(spec.shape)}"
-        )
-    return found
+    return {name: _fitting(item[name], spec, f"{where} has {name}") for name, spec in specs.items()}
+
+
+def _fitting(given: Any, spec: TensorSpec, what: str) -> Tensor:
+    try:
+        value = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"data: {what} of type {type(given).__name__}, and not a tensor") from error
+    if value.ndim == len(spec.shape) - 1:
+        value = value.unsqueeze(0)
+    fixed = [(size, own) for size, own in zip(value.shape, spec.shape, strict=False) if isinstance(own, int)]
+    if value.ndim != len(spec.shape) or any(size != own for size, own in fixed):
+        sizes = ", ".join(map(str, spec.shape))
+        raise UserError(f"data: {what} of shape {list(value.shape)}, and the model takes [{sizes}]")
+    if value.is_floating_point() and not value.isfinite().all():
+        raise UserError(f"data: {what} with NaN or Inf in it")
+    return value.to(spec.dtype)

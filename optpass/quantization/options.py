@@ -98,10 +98,10 @@ class QuantizingPass(Pass):
 
     @staticmethod
     def report(quantization: Quantization, context: Context) -> None:
-        """Every weight that becomes integers as a site, and what was declined."""
+        """Every operator that reads integers as a site, and what was declined."""
         for name, placement in quantization.placements.items():
-            for weight in placement.weights:
-                context.rewrote(weight.operator, name)
+            for operator in dict.fromkeys([*(w.operator for w in placement.weights), *placement.operators]):
+                context.rewrote(operator, name)
             for node, why in placement.declined:
                 context.decline(node, why, name)
 

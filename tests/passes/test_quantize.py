@@ -1,0 +1,353 @@
+"""The pass ``quantize``: what it puts where, how near the result is, what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from denoisers import sampled
+from quantized_nets import Attention, Residual
+from torch import nn
+
+from optpass.capture.spans import Span
+from optpass.errors import MissingValuesError, OptpassError, UserError
+from optpass.evaluate.calibration_set import random_set
+from optpass.evaluate.difference import program_difference, program_runner, tensor_difference
+from optpass.ir.quantized import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
+from optpass.ir.text import graph_text
+from optpass.ir.weights import Absent, WeightStore
+from optpass.passes.cache_features import CacheFeatures
+from optpass.passes.quantize import Quantize
+from optpass.passes.reparameterize import Reparameterize
+from optpass.pipeline.lowered import lowered_runners
+from optpass.pipeline.manager import run_pass
+from optpass.pipeline.recipe import Step
+from optpass.targets.onnxruntime import OnnxRuntime
+from optpass.targets.openvino import OpenVino
+from optpass.testing import capture_module
+
+CALLS = 6
+
+
+@pytest.fixture(scope="module")
+def residual():
+    return capture_module(Residual, x=torch.zeros(2, 3, 16, 16))[0]
+
+
+@pytest.fixture(scope="module")
+def attention():
+    return capture_module(Attention, x=torch.zeros(2, 6, 16), timestep=torch.zeros(2))[0]
+
+
+@pytest.fixture
+def dataset(monkeypatch):
+    """A module ``given`` with ``data`` in it."""
+    module = ModuleType("given")
+    module.data = [torch.randn(2, 3, 16, 16) for _ in range(3)]
+    monkeypatch.setitem(sys.modules, "given", module)
+    return module
+
+
+def quantised(program, target=None, **options):
+    return run_pass(program, Step("quantize", Quantize(**{"calls": CALLS, **options})), target=target)
+
+
+def operators(program, entry="full"):
+    return [node.target for node in program.entries[entry].calls]
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 2, bias=False)
+
+    def forward(self, x):
+        return self.two(torch.relu(self.one(x)))
+
+
+@pytest.fixture(scope="module")
+def small():
+    return capture_module(Small, x=torch.zeros(3, 4))[0]
+
+
+def without_numbers(text):
+    """Scales and zero points of activations are measured; all else of a text is certain."""
+    import re
+
+    return re.sub(r"(_tensor\(%\w+), [\d.e-]+, -?\d+", r"\1, S, Z", text)
+
+
+def test_golden(small):
+    after, record = quantised(small, bias_correction="none")
+    assert (
+        without_numbers(graph_text(after.entries["full"]))
+        == """\
+graph(x: f32[3, 4]):
+  %quantize_per_tensor_default = quantized_decomposed.quantize_per_tensor(%x, S, Z, -128, 127, i8) : i8[3, 4]  ; (root)
+  %dequantize_per_tensor_default = quantized_decomposed.dequantize_per_tensor(%quantize_per_tensor_default, S, Z, -128, 127, i8) : f32[3, 4]  ; (root)
+  %dequantize_per_channel_default = quantized_decomposed.dequantize_per_channel(@one.weight_int8, @one.weight_scale, None, 0, -127, 127, i8) : f32[6, 4]  ; one
+  %linear = linear(%dequantize_per_tensor_default, %dequantize_per_channel_default, @one.bias) : f32[3, 6]  ; one
+  %relu = relu(%linear) : f32[3, 6]  ; (root)
+  %quantize_per_tensor_default_1 = quantized_decomposed.quantize_per_tensor(%relu, S, Z, -128, 127, i8) : i8[3, 6]  ; (root)
+  %dequantize_per_tensor_default_1 = quantized_decomposed.dequantize_per_tensor(%quantize_per_tensor_default_1, S, Z, -128, 127, i8) : f32[3, 6]  ; (root)
+  %dequantize_per_channel_default_1 = quantized_decomposed.dequantize_per_channel(@two.weight_int8, @two.weight_scale, None, 0, -127, 127, i8) : f32[2, 6]  ; two
+  %linear_1 = linear(%dequantize_per_tensor_default_1, %dequantize_per_channel_default_1) : f32[3, 2]  ; two
+  return output=%linear_1"""
+    )
+    assert record.modified
+    assert record.sites == ("one", "two")
+    assert after.weights["two.weight_int8"].evaluate().dtype == torch.int8
+    assert "two.weight" not in after.weights
+
+
+def test_golden_of_weights_alone(small):
+    after, record = quantised(small, scheme="w4", group_size=2)
+    assert (
+        graph_text(after.entries["full"])
+        == """\
+graph(x: f32[3, 4]):
+  %dequantize_per_channel_group_default = quantized_decomposed.dequantize_per_channel_group(@one.weight_int4, @one.weight_scale, None, -8, 7, i8, 2, f32) : f32[6, 4]  ; one
+  %linear = linear(%x, %dequantize_per_channel_group_default, @one.bias) : f32[3, 6]  ; one
+  %relu = relu(%linear) : f32[3, 6]  ; (root)
+  %dequantize_per_channel_group_default_1 = quantized_decomposed.dequantize_per_channel_group(@two.weight_int4, @two.weight_scale, None, -8, 7, i8, 2, f32) : f32[2, 6]  ; two
+  %linear_1 = linear(%relu, %dequantize_per_channel_group_default_1) : f32[3, 2]  ; two
+  return output=%linear_1"""
+    )
+    assert "calibration_set" not in record.facts
+
+
+@pytest.mark.parametrize(
+    ("options", "real", "reason"),
+    [
+        ({"keep": "st*"}, ["stem"], "kept, as asked"),
+        ({"match": ("one", "two")}, ["stem", "last", "head"], "not in match"),
+        ({"keep_facts": ("first", "last")}, ["stem", "head"], "kept, as "),
+    ],
+)
+def test_scopes(residual, options, real, reason):
+    after, record = quantised(residual, **options)
+    assert [declined.path for declined in record.declined] == real
+    assert all(declined.reason.startswith(reason) for declined in record.declined)
+    for name in ("stem", "one", "two", "last", "head"):
+        assert (f"{name}.weight" in after.weights) == (name in real)
+
+
+@pytest.mark.parametrize(("fact", "real"), [("embedding", {"time"}), ("attention", {"q", "k", "v", "out"})])
+def test_scopes_by_what_operators_are(attention, fact, real):
+    _, record = quantised(attention, keep_facts=fact)
+    assert {declined.path for declined in record.declined} == real
+
+
+def test_the_form_is_the_targets(residual):
+    on_cpu, _ = quantised(residual, OnnxRuntime())
+    portable, _ = quantised(residual)
+    asked, _ = quantised(residual, OnnxRuntime(), form="portable")
+
+    def dtypes(program):
+        return {node.args[5] for node in program.entries["full"].calls if node.target == QUANTIZE}
+
+    assert dtypes(on_cpu) == {torch.uint8}
+    assert dtypes(portable) == dtypes(asked) == {torch.int8}
+    assert all(node.args[2] == 0 for node in portable.entries["full"].calls if node.target == QUANTIZE)
+    assert sum(name.endswith("_int32") for name in on_cpu.weights) == 5
+    assert not any(name.endswith("_int32") for name in portable.weights)
+
+
+@pytest.mark.parametrize("form", ["portable", "cpu", "integer"])
+@pytest.mark.parametrize("net", ["residual", "attention"])
+def test_int8_is_near_the_real_model(request, net, form):
+    program = request.getfixturevalue(net)
+    after, _ = quantised(program, form=form, estimator="minmax", calls=32)
+    assert program_difference(program, after).snr >= (30 if form != "integer" else 25)
+
+
+@pytest.mark.parametrize("target", [OnnxRuntime, OpenVino])
+@pytest.mark.parametrize(
+    ("net", "options"),
+    [
+        ("residual", {}),
+        ("residual", {"form": "portable"}),
+        ("attention", {"smooth": True}),
+        ("attention", {"scheme": "w8"}),
+        ("attention", {"scheme": "w4", "group_size": 8, "keep": "time"}),
+        ("attention", {"scheme": "w4", "group_size": 0, "symmetric": False}),
+    ],
+)
+def test_engines_give_what_the_graph_says(request, tmp_path, target, net, options):
+    program, engine = request.getfixturevalue(net), target()
+    after, _ = quantised(program, engine, **options)
+    run = lowered_runners(engine, after, tmp_path)["full"]
+    for inputs in random_set(program, count=2, seed=3).entries["full"]:
+        expected = program_runner(after, "full")(inputs)["output"]
+        assert tensor_difference(expected, run(inputs)["output"]).snr >= 40
+
+
+def test_smoothing_moves_factors_and_changes_nothing_else(attention):
+    after, _ = quantised(attention, smooth=True, estimator="minmax")
+    factors = [name for name in after.weights if name.endswith("_smoothing")]
+    assert factors
+    for name in factors:
+        weight = name.removesuffix("_smoothing")
+        (moved,) = (after.weights[f"{weight}_int8"].operands()[0],)
+        restored = moved.evaluate() * after.weights[name].evaluate()
+        assert torch.allclose(restored, attention.weights[weight].evaluate(), rtol=1e-5)
+    factored = [node for node in after.entries["full"].calls if node.target is torch.ops.aten.mul.Tensor]
+    assert {str(node.args[1].target) for node in factored} == set(factors)
+    assert all(user.target == QUANTIZE for node in factored for user in node.users)
+
+
+def test_corrected_biases_lower_the_mean_error(residual):
+    calls = random_set(residual, count=24, seed=0).entries["full"]
+    real = program_runner(residual, "full")
+    found = {}
+    for correction in ("none", "fast"):
+        after, _ = quantised(residual, bias_correction=correction, estimator="mean-minmax", calls=24)
+        run = program_runner(after, "full")
+        gap = torch.cat([run(call)["output"] - real(call)["output"] for call in calls])
+        found[correction] = gap.mean(0).norm()
+        assert any(name.endswith("bias_corrected") for name in after.weights) == (correction == "fast")
+    assert found["fast"] < 0.7 * found["none"]
+
+
+def test_entries_of_a_loop_share_their_integers(tmp_path):
+    program, _ = sampled("SD 1.5 UNet", tmp_path)
+    cached, _ = run_pass(program, Step("cache-features", CacheFeatures(cut="up_blocks.1", every=2)))
+    assert len(cached.entries) > 1
+    after, record = quantised(cached, calls=2, bias_correction="none")
+    integers = [name for name in after.weights if "_int8" in name]
+    assert len(integers) == len({name.rpartition("_int8")[0] for name in integers})
+    for name, graph in cached.entries.items():
+        weighted = [node for node in after.entries[name].calls if node.target == DEQUANTIZE_CHANNELS]
+        assert len(weighted) >= 2
+        assert any(site.startswith(f"{name}:") for site in record.sites) or name == "full"
+        assert after.entries[name].signature == graph.signature
+    assert after.weights.nbytes < 0.5 * cached.weights.nbytes
+
+
+def test_open_sizes_stay_open(capture_shared):
+    program = capture_shared(Residual, {"x": ("batch", 3, "high", 16)}, {"batch": Span(1, 4), "high": Span(4, 32)})
+    after, _ = quantised(program, form="cpu", estimator="minmax", calls=16)
+    assert after.entries["full"].dimensions == program.entries["full"].dimensions
+    found = program_runner(after, "full")({"x": torch.randn(3, 3, 20, 16)})
+    assert found["output"].shape == (3, 8)
+    assert program_difference(program, after).snr >= 25
+
+
+def test_what_was_quantised_is_refused_again(small):
+    after, _ = quantised(small)
+    with pytest.raises(UserError, match="the model is quantised already"):
+        quantised(after)
+
+
+def test_nothing_in_scope_changes_nothing(small):
+    after, record = quantised(small, keep="*")
+    assert not record.modified
+    assert graph_text(after.entries["full"]) == graph_text(small.entries["full"])
+    assert {declined.path for declined in record.declined} == {"one", "two"}
+
+
+def test_a_replay_gives_the_same(residual, dataset):
+    after, record = quantised(residual, data="given:data")
+    assert record.record.calibration == record.facts["calibration_set"]["sha256"]
+    assert record.facts["calibration_set"] == {
+        "source": "given:data",
+        "sha256": record.record.calibration,
+        "calls": {"full": 3},
+    }
+    again, _ = run_pass(residual, Step("quantize", record.record))
+    assert graph_text(again.entries["full"]) == graph_text(after.entries["full"])
+    dataset.data[1] = dataset.data[1] + 1e-3
+    with pytest.raises(UserError, match="given:data is not the calibration set that was settled"):
+        run_pass(residual, Step("quantize", record.record))
+
+
+def test_the_seed_of_random_calls_counts(small):
+    texts = {graph_text(quantised(small, seed=seed)[0].entries["full"]) for seed in (0, 0, 1)}
+    assert len(texts) == 2
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.convolution(x))
+
+
+def test_batch_norms_are_folded_first():
+    program, _ = capture_module(Normed, x=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UserError, match="1 batch norms stand behind convolutions .*put reparameterize before it"):
+        quantised(program)
+    folded, _ = run_pass(program, Step("reparameterize", Reparameterize()))
+    assert DEQUANTIZE in operators(quantised(folded)[0])
+
+
+def test_half_precision_is_not_calibrated(small):
+    half = capture_module(lambda: Small().half(), x=torch.zeros(3, 4, dtype=torch.float16))[0]
+    with pytest.raises(UserError, match="it calibrates in float32, and one is not"):
+        quantised(half)
+    after, _ = quantised(half, scheme="w8", group_size=0)
+    assert all(node.meta["val"].dtype == torch.float16 for node in after.entries["full"].calls)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "w4", "form": "cpu"}, "'form' says nothing of scheme 'w4'"),
+        ({"scheme": "w8", "data": "x"}, "'data' says nothing"),
+        ({"group_size": 8}, "'group_size' says nothing of scheme 'int8'"),
+        ({"scheme": "w4", "group_size": 1}, "a scale for every weight"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Quantize(**options)
+
+
+def test_patterns_that_match_nothing_are_refused(residual):
+    with pytest.raises(UserError, match="'stam' matches nothing to quantise"):
+        quantised(residual, keep="stam")
+
+
+def test_structures_alone_take_weights_alone(small):
+    absent = {name: Absent(value.shape, value.dtype) for name, value in small.weights.items()}
+    structure = replace(small, weights=WeightStore(absent))
+    assert quantised(structure, scheme="w8", group_size=2)[1].modified
+    with pytest.raises(MissingValuesError):
+        quantised(structure)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([torch.full((2, 3, 16, 16), torch.nan)], "NaN or Inf"),
+        ([torch.zeros(2, 3, 16, 15)], "of shape"),
+        ([{"y": torch.zeros(2, 3, 16, 16)}], "has no 'x'"),
+        ([], "has no item"),
+    ],
+)
+def test_bad_data_is_refused(residual, dataset, data, message):
+    dataset.data = data
+    with pytest.raises(UserError, match=message):
+        quantised(residual, data="given:data")
+
+
+class Unseen(nn.Module):
+    """What NNCF is given and cannot run: a weight that makes every value NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.one(torch.log(-x.abs() - 1))
+
+
+def test_values_that_are_no_numbers_are_refused():
+    program, _ = capture_module(Unseen, x=torch.zeros(2, 4))
+    with pytest.raises(OptpassError, match="one"):
+        quantised(program)
