@@ -32,7 +32,7 @@ def _is_late(node: Node) -> bool:
     if node.target != DEQUANTIZE_CHANNELS:
         return node.target == DEQUANTIZE_GROUPS
     low, high = node.args[4:6]
-    return high - low < 16  # type: ignore[operator]
+    return bool(high - low < 16)  # type: ignore[operator]
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
