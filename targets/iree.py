@@ -81,6 +81,14 @@ class Iree(Target):
         here = self.backend == "llvm-cpu" and self.chip in ("", "host", "generic")
         return "native" if here else "elsewhere"
 
+    def check_machine(self) -> None:
+        """
+        Raises:
+            UserError: the backend takes no chip, and one is named.
+        """
+        if self.chip and self.backend not in CHIPS:
+            raise UserError(f"backend {self.backend} takes no chip; leave {self.chip!r} out")
+
     def supports(self, program: Program) -> list[Unsupported]:
         """Operators without a translation to ONNX, dtypes without code, and quantised layers for Vulkan."""
         graphs = program.entries.values()
@@ -94,6 +102,7 @@ class Iree(Target):
             MissingValuesError: the Program was captured structure-only.
             UserError: the graph has no ONNX form, or IREE cannot import or compile it.
         """
+        self.check_machine()
         with tempfile.TemporaryDirectory(dir=lowering.folder, prefix="onnx-") as temporary:
             files = write_onnx_folder(
                 program,
@@ -132,8 +141,6 @@ class Iree(Target):
 
     def _flags(self) -> list[str]:
         chip = self._chip()
-        if chip and self.backend not in CHIPS:
-            raise UserError(f"backend {self.backend} takes no chip; leave {chip!r} out")
         return [*FLAGS[self.backend], *([f"{CHIPS[self.backend][0]}={chip}"] if chip else [])]
 
     @classmethod

@@ -129,7 +129,7 @@ class OpenVino(Target):
             MissingValuesError: the Program was captured structure-only.
             UserError: the graph has no ONNX form, OpenVINO cannot convert or compile it, or the device is not there.
         """
-        self._check_device()
+        self.check_machine()
         weights = lowering.folder / WEIGHTS
         with tempfile.TemporaryDirectory(dir=lowering.folder, prefix="onnx-") as temporary:
             files = write_onnx_folder(
@@ -186,10 +186,10 @@ class OpenVino(Target):
             UserError: OpenVINO refuses the file, or the device is not there.
         """
         target = cls.of("openvino", options)
-        target._check_device()
+        target.check_machine()
         return Requests(target._compiled(folder / str(entry["engine"])), entry)
 
-    def _check_device(self) -> None:
+    def check_machine(self) -> None:
         """
         Raises:
             UserError: this machine has no such device, or no driver of it.

@@ -15,12 +15,13 @@ from torch import Tensor
 from optpass.errors import UserError, nearest
 from optpass.interchange.onnx_file import OnnxFacts, module_path
 from optpass.interchange.onnx_folder import write_onnx_folder
-from optpass.interchange.onnx_surgery import biases_first, fusible_attention
+from optpass.interchange.onnx_surgery import biases_first, dequantise_weights, fusible_attention
 from optpass.interchange.qnn_context import Compiled, Device, compile_context, context_session
 from optpass.ir.graph import Graph
 from optpass.ir.program import Program
 from optpass.pipeline.onnx_support import onnx_unsupported
 from optpass.pipeline.target import Coverage, Execution, Footprint, LoweredEntry, Lowering, Runner, Target, Unsupported
+from optpass.quantization.form import INTEGER, QuantizationForm
 
 DEVICES = {
     "sm8450": Device(69, 36),
@@ -65,6 +66,7 @@ class Qnn(Target):
     optimize: bool = Field(True, description="fold constants and simplify the ONNX graph on the way")
 
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
+    quantization: ClassVar[QuantizationForm] = INTEGER
     extra: ClassVar[str] = "qnn"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_qnn")
 
@@ -126,6 +128,10 @@ class Qnn(Target):
         out, device = lowering.folder / f"{name}.onnx", DEVICES[self.soc]
         lowering.progress("compile for the HTP", 0.0)
         found = compile_context(path, out, device, self.effort)
+        # Integer weights stay integers only where a product's result is quantised too.
+        alone = {node for node, kind in found.fallen if kind == "DequantizeLinear"}
+        if real := dequantise_weights(path, alone) if alone else 0:
+            found = compile_context(path, out, device, self.effort)
         lowering.progress("compile for the HTP", 1.0)
         covered = self._coverage(name, found, facts)
         details = {
@@ -137,6 +143,7 @@ class Qnn(Target):
             "htp_arch": f"v{device.architecture}",
             "soc_model": device.model,
             "subgraphs": found.subgraphs,
+            **({"real_weights": real} if real else {}),
         }
         return LoweredEntry(out.name, graph.inputs, graph.outputs, details, coverage=covered)
 

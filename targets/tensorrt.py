@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.fx import Node
 
@@ -52,7 +52,7 @@ SUPPORTED = frozenset(
 PRODUCTS = frozenset(
     ["addmm", "baddbmm", "bmm", "einsum", "linear", "matmul", "mm", "mv", "dot", "scaled_dot_product_attention"]
 )
-QUANTIZERS = frozenset(["quantize_per_tensor", "dequantize_per_tensor"])
+QUANTIZERS = ("quantized_decomposed.quantize_per_tensor", "quantized_decomposed.dequantize_per_tensor")
 ZERO_POINT = 2
 """Which argument of a quantizer it is."""
 LICENCE = (
@@ -77,9 +77,9 @@ class TensorRT(Target):
         description="auto takes datacenter where it is installed, a GPU is there, and no capabilities are asked for",
     )
     compute_capabilities: tuple[Capability, ...] | None = Field(
-        None, min_length=1, description="GPUs that an rtx engine is for; by default SM86, SM89 and SM120"
+        None, description="GPUs that an rtx engine is for; by default SM86, SM89 and SM120"
     )
-    refit: bool = Field(False, description="leave the weights of the engine exchangeable by TensorRT's refitter")
+    refit: bool = Field(False, description="datacenter: leave the weights exchangeable by TensorRT's refitter")
     timing_cache: Path | None = Field(
         None, description="datacenter: a file that keeps measured kernel times for the next build"
     )
@@ -88,6 +88,13 @@ class TensorRT(Target):
 
     extra: ClassVar[str] = "tensorrt"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript", "tensorrt_rtx")
+
+    @field_validator("compute_capabilities")
+    @classmethod
+    def _some(cls, value: tuple[Capability, ...] | None) -> tuple[Capability, ...] | None:
+        if value is not None and not value:
+            raise ValueError("name one at least, or leave it out")
+        return value
 
     @classmethod
     def missing_packages(cls) -> list[str]:
@@ -167,6 +174,8 @@ class TensorRT(Target):
             raise UserError(
                 "target tensorrt: datacenter needs a GPU (PyTorch finds no CUDA here); edition: rtx builds without one"
             )
+        if edition == "rtx" and self.refit:
+            raise UserError("target tensorrt: rtx makes no refittable engine ahead of time: refit is for datacenter")
         if edition == "rtx" and self.timing_cache is not None:
             raise UserError(
                 "target tensorrt: rtx times its kernels where the engine runs: timing_cache is for datacenter"
@@ -325,6 +334,6 @@ def _lacking(graph: Graph, capabilities: tuple[Capability, ...]) -> Iterator[Uns
 
 def _asymmetric(graph: Graph) -> Iterator[Unsupported]:
     for node in graph.calls:
-        if _named(node) in QUANTIZERS and node.args[ZERO_POINT] != 0:
+        if str(node.target).startswith(QUANTIZERS) and node.args[ZERO_POINT] != 0:
             reason = f"quantised about the zero point {node.args[ZERO_POINT]}; TensorRT takes the symmetric form alone"
             yield Unsupported(path_of(node), operator_name(node), reason)

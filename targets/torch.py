@@ -13,16 +13,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import Node
 
+from optpass.analysis.operators import aten
 from optpass.errors import MissingValuesError, UserError
 from optpass.interchange.exported import to_exported
-from optpass.ir.graph import Graph, path_of
+from optpass.ir.graph import Graph, path_of, shape_of, value_of
 from optpass.ir.loop import PRESENT
 from optpass.ir.program import Program
+from optpass.ir.quantized import DEQUANTIZE_CHANNELS, DEQUANTIZE_GROUPS
 from optpass.ir.safetensors_io import checked
 from optpass.pipeline.target import Footprint, LoweredEntry, Lowering, Runner, Target
 from optpass.quiet import first_lines, quiet, quiet_export
 
+FLOAT = torch.float32
 PACKED = 3
 """Times the weights that a compilation holds: their values, the constants' object file, the package."""
 
@@ -55,7 +59,7 @@ class Torch(Target):
         """
         if not program.has_values:
             raise MissingValuesError("AOTInductor packs weights in; the checkpoint was captured structure-only")
-        self._check_machine()
+        self.check_machine()
         return {name: self._lowered(name, program, lowering) for name in program.entries}
 
     def _lowered(self, name: str, program: Program, lowering: Lowering) -> LoweredEntry:
@@ -77,7 +81,7 @@ class Torch(Target):
 
     def _exported(self, graph: Graph, program: Program, lowering: Lowering) -> ExportedProgram:
         """``graph`` over the weights' values, on the device."""
-        exported, device = to_exported(graph), self._device()
+        exported, device = to_exported(_with_arithmetic(graph)), self._device()
         for name in list(exported.state_dict):
             value = checked(name, program.weights[name], allow_nonfinite=lowering.allow_nonfinite)
             exported.state_dict[name] = nn.Parameter(value, False) if value.is_floating_point() else value
@@ -150,7 +154,7 @@ class Torch(Target):
                 "PyTorch finds no CUDA device here: install its CUDA build and the driver, or set device: cpu"
             )
 
-    def _check_machine(self) -> None:
+    def check_machine(self) -> None:
         """
         Raises:
             UserError: the device, or the compiler that Inductor needs, is not there.
@@ -161,6 +165,36 @@ class Torch(Target):
             raise UserError(
                 f"target 'torch' compiles C++ and finds no {compiler!r} here: install g++, or name a compiler by CXX"
             )
+
+
+def _with_arithmetic(graph: Graph) -> Graph:
+    """``graph`` with integer weights made real by arithmetic: Inductor asks for zero points where there are none."""
+    if not any(node.target in (DEQUANTIZE_CHANNELS, DEQUANTIZE_GROUPS) for node in graph.calls):
+        return graph
+    own = graph.copy()
+    for node in own.calls:
+        if node.target not in (DEQUANTIZE_CHANNELS, DEQUANTIZE_GROUPS):
+            continue
+        integers, scale, zero = node.args[:3]
+        assert isinstance(integers, Node)
+        shape, grouped = list(shape_of(integers)), node.target is DEQUANTIZE_GROUPS
+        size: Any = node.args[6] if grouped else 0
+        axis: Any = 0 if grouped else node.args[3]
+        wide = [shape[0], -1, size] if grouped else shape
+        along = [shape[0], -1, 1] if grouped else [-1 if index == axis else 1 for index in range(len(shape))]
+        with own.before(node):
+            value = own.call(aten.to.dtype, own.call(aten.reshape.default, integers, wide, like=node), FLOAT, like=node)
+            if isinstance(zero, Node):
+                shift = own.call(aten.reshape.default, zero, along, like=node)
+                value = own.call(aten.sub.Tensor, value, shift, like=node)
+            step = own.call(aten.reshape.default, scale, along, like=node)
+            value = own.call(aten.mul.Tensor, value, step, like=node)
+            value = own.call(aten.reshape.default, value, shape, like=node)
+            if value_of(node).dtype is not FLOAT:
+                value = own.call(aten.to.dtype, value, value_of(node).dtype, like=node)
+        node.replace_all_uses_with(value)
+        own.fx.erase_node(node)
+    return own
 
 
 def _own(name: str, value: Tensor, taken: set[int], constant: bool) -> Tensor:

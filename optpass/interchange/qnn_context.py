@@ -66,6 +66,9 @@ def compile_context(path: Path, out: Path, device: Device, effort: int) -> Compi
     Raises:
         UserError: the compiler refuses the graph, or died; the message has its own words.
     """
+    # Contexts are never written over; the binary's name is made from the file's.
+    for old in (out, out.with_name(f"{out.stem}_qnn.bin")):
+        old.unlink(missing_ok=True)
     asked = json.dumps({"path": str(path), "out": str(out), "device": asdict(device), "effort": effort})
     command = [sys.executable, "-m", "optpass.interchange.qnn_context", asked]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

@@ -146,6 +146,7 @@ def _check_target(recipe: Recipe, request: Request) -> None:
     for name, target in named:
         if target is not None and (not request.structure_only or target.structure_only):
             type(target).check_installed(name)
+            target.check_machine()
 
 
 def _named(part: Part, parts: Sequence[Part], progress: Progress) -> Progress:

@@ -132,7 +132,10 @@ def _lowers(recipe: Recipe, request: Request) -> tuple[bool, list[str]]:
     if request.structure_only and not recipe.target.structure_only:
         return False, []
     missing = _refusal(lambda: type(recipe.target).check_installed(recipe.target_name))
-    return not missing, [missing] if missing else []
+    if missing:
+        return False, [missing]
+    lacking = _refusal(recipe.target.check_machine)
+    return True, [lacking] if lacking else []
 
 
 def _carried(parts: Sequence[ComponentPlan]) -> int:

@@ -156,6 +156,13 @@ class Target(Options):
                 f"install it with: pip install 'optpass[{cls.extra}]'"
             )
 
+    def check_machine(self) -> None:
+        """Asked before anything is captured: whether this machine has what lowering with these options takes.
+
+        Raises:
+            UserError: a device, a driver or a compiler is not here; the message says what to change.
+        """
+
     def refuses(self, program: Program) -> list[Unsupported]:
         """What of ``program`` cannot be lowered: what the target does not support, and weights it cannot exchange."""
         found = [] if self.exchanges else list(_slots(program))

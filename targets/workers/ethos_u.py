@@ -23,6 +23,10 @@ SHOWN = 200
 COUNT = re.compile(r"^(CPU|NPU) operators = (\d+)", re.MULTILINE)
 BORDER = ("quantize_per_tensor", "dequantize_per_tensor")
 """What turns floats into integers and back, where a delegate's tensors come from the outside."""
+COMPOSITE = ("aten.group_norm", "aten.layer_norm", "aten.softmax", "aten.mean", "aten.var", "aten.rms_norm")
+"""What Arm's compiler breaks into operators whose own values would have to be quantised too."""
+UNMARKED = "Node was not marked as quantized in the Arm backend."
+APART = "it is made of operators whose values between are real; the NPU has integers alone"
 _loaded: dict[str, Any] = {}
 
 
@@ -79,7 +83,7 @@ def mark_integers(module: Any) -> None:
 
 def _of_integers(node: Any) -> bool:
     """Whether all that ``node`` reads was integers, and all that it gives becomes integers."""
-    if "quantize_per" in str(node.target):
+    if "quantize_per" in str(node.target) or str(node.target).startswith(COMPOSITE):
         return False
     read = [each for each in node.all_input_nodes if each.op != "get_attr"]
     given = [user for reader in node.users for user in (reader.users if "getitem" in str(reader.target) else [reader])]
@@ -123,7 +127,7 @@ def _left(module: Any, reasons: dict[str, str]) -> Iterator[dict[str, str]]:
             yield {
                 "path": saved_programs.path_of(node),
                 "operator": operator,
-                "reason": reasons.get(node.name, ""),
+                "reason": reasons.get(node.name, "").replace(UNMARKED, APART),
             }
 
 

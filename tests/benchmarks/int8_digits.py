@@ -83,7 +83,7 @@ def measured(runtime: str, folder: Path, clips: int, rounds: int) -> list[Row]:
         recipe = out.with_suffix(".json")
         sizes = {"sample": [2, 8, 4, 16, 16]}
         recipe.write_text(json.dumps({"dtype": "float32", "inputs": sizes, "passes": passes, "target": runtime}))
-        apply(load_recipe(str(recipe)), Request(str(CHECKPOINT), out, verify="never", samples=0))
+        apply(load_recipe(recipe), Request(str(CHECKPOINT), out, verify="never", samples=0))
         manifest = json.loads((out / "manifest.json").read_text("utf-8"))
         megabytes = sum(file["bytes"] for name, file in manifest["files"].items() if "components/" not in name) / 1e6
         pipeline = build_pipeline(CHECKPOINT, {"unet": optpass.load(out)})

@@ -123,6 +123,11 @@ def builds(subject: Subject, folder: Path, threads: int) -> Iterator[tuple[tuple
     def ours(target: str, passes: list[Any], **options: Any) -> Build:
         return lambda: own(subject, folder, calls, {target: {**options, "threads": threads}}, passes)
 
+    file = folder / "nncf.onnx"
+
+    def nncf() -> Path:
+        return file if file.exists() else peers.nncf_onnx(subject, source, file)
+
     quantized = [{"quantize": {"data": str(calls), "calls": len(subject.calls)}}]
     yield ("ONNX Runtime", "fp32", OURS), ours("onnxruntime", [])
     yield ("ONNX Runtime", "fp32", "torch.onnx"), lambda: peers.ort_runner(source, threads)
@@ -141,11 +146,6 @@ def builds(subject: Subject, folder: Path, threads: int) -> Iterator[tuple[tuple
         yield ("OpenVINO", form, OURS), ours("openvino", [], precision=precision)
         yield ("OpenVINO", form, "torch.onnx"), lambda p=precision: peers.openvino_runner(source, threads, p)
     yield ("OpenVINO", "int8", OURS), ours("openvino", quantized)
-    file = folder / "nncf.onnx"
-
-    def nncf() -> Path:
-        return file if file.exists() else peers.nncf_onnx(subject, source, file)
-
     yield ("OpenVINO", "int8", "NNCF on ONNX"), lambda: peers.openvino_runner(nncf(), threads)
     yield ("OpenVINO", "int8", "NNCF on FX"), lambda: peers.openvino_runner(peers.nncf_fx(subject), threads)
 
@@ -157,7 +157,7 @@ def own(subject: Subject, folder: Path, calls: Path, target: dict[str, Any], pas
     document = {"name": "benchmark", "dtype": "float32", "passes": [*subject.passes, *passes], "target": target}
     sizes = {name: list(value.shape) for name, value in subject.calls[0].items() if value.ndim}
     recipe.write_text(json.dumps({**document, "inputs": sizes}), encoding="utf-8")
-    apply(load_recipe(str(recipe)), Request(str(subject.checkpoint), out, verify="never", samples=0))
+    apply(load_recipe(recipe), Request(str(subject.checkpoint), out, verify="never", samples=0))
     module = optpass.load(out)
 
     def run(call: peers.Arrays) -> np.ndarray[Any, Any]:

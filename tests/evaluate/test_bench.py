@@ -116,17 +116,15 @@ def test_processes_take_turns_and_are_told_apart(contestant):
     assert slow.facts["threads"] == 1
 
 
-def test_a_process_that_is_killed_says_so(contestant):
-    with Process(contestant("big", "killed")) as process, pytest.raises(UserError, match="big: its process was killed"):
-        process.load()
-
-
-def test_what_a_loader_refuses_is_said_under_its_label(contestant):
+def test_what_a_process_cannot_do_is_said_under_its_label(contestant):
     with Process(contestant("it", "refuses")) as process:
         with pytest.raises(UserError, match="it: not today"):
             process.load()
         process.contestant = contestant("other", "fails")
         with pytest.raises(OptpassError, match=r"(?s)other failed: ZeroDivisionError.*by design"):
+            process.load()
+        process.contestant = contestant("big", "killed")
+        with pytest.raises(UserError, match="big: its process was killed"):
             process.load()
 
 

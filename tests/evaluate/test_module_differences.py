@@ -128,6 +128,7 @@ def test_another_checkpoint_is_refused(halved, tmp_path, capture_module):
         module_differences(str(tmp_path / "other"), halved[1], "1")
 
 
+@pytest.mark.slow
 def test_resized_inputs_are_compared_with_the_checkpoint_at_their_size(tmp_path, capture_module):
     program = capture_module(Net, x=torch.zeros(3, 8))[0]
     checkpoint, bundle = made(tmp_path, program, [{"resize-inputs": {"inputs": {"x": [5, 8]}}}])

@@ -250,3 +250,33 @@ def test_weights_that_can_be_exchanged_are_refused(captured: Any) -> None:
     weight = program.weights["skip.weight"]
     slotted = program.with_weights({"skip.weight": Slot("skip", "delta", weight, weight, "none")})
     assert [item.path for item in OpenVino().refuses(slotted)] == ["skip.weight"]
+
+
+class Layers(nn.Module):
+    """Two convolutions with a nonlinearity between: OpenVINO generates code of its own for linears this small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, 32, 3), nn.Conv2d(32, 16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_quantised_layers_run_in_integers(tmp_path: Path) -> None:
+    pytest.importorskip("nncf", reason="pip install 'optpass[quantization]'")
+    from optpass.evaluate.difference import program_runner
+    from optpass.passes.quantize import Quantize
+    from optpass.pipeline.manager import run_pass
+    from optpass.pipeline.recipe import Step
+
+    program, _ = capture_module(Layers, x=torch.zeros(2, 16, 12, 12))
+    quantised, _ = run_pass(program, Step("quantize", Quantize(form="cpu", calls=2)))
+    entry = OpenVino().lower(quantised, Lowering(tmp_path))["full"]
+    assert entry.details["kernels"] == {"i8": 2}
+    assert entry.coverage is not None
+    assert entry.coverage.native == entry.coverage.operators
+    given = {"x": torch.randn(2, 16, 12, 12)}
+    expected, found = program_runner(quantised, "full")(given), runner(tmp_path, entry)(given)
+    # Kernels round sums that lie between two steps as they come.
+    assert tensor_difference(expected["output"], found["output"]).snr > 35

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from optpass.errors import MissingValuesError, UserError, WeightError
 from optpass.ir.program import Origin
 from optpass.ir.weights import Constant
 from optpass.pipeline.target import LoweredEntry, Lowering, Runner
-from optpass.targets.torch import Torch, _blamed, _constant
+from optpass.targets.torch import Torch, _blamed, _constant, _with_arithmetic
 from optpass.testing import capture_module
 
 compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs g++: apt install g++")
@@ -152,3 +153,71 @@ def test_a_damaged_package_is_a_clear_error(captured: Any, tmp_path: Path) -> No
     entry = LoweredEntry("full.pt2", graph.inputs, graph.outputs, {"device": "cpu", "constant": []})
     with pytest.raises(UserError, match=r"PyTorch cannot load full\.pt2"):
         runner(tmp_path, entry)
+
+
+def test_what_the_machine_lacks_is_said_before_anything_is_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optpass.pipeline.apply import apply
+    from optpass.pipeline.recipe import Recipe
+    from optpass.pipeline.request import Request
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    recipe = Recipe("bare", "", {}, (), (), "torch", Torch())
+    with pytest.raises(UserError, match="finds no 'no-such-compiler' here"):
+        apply(recipe, Request(str(tmp_path / "no-such-checkpoint"), tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Layers(nn.Module):
+    """Two linears with a nonlinearity between, wide enough for integer kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "portable", "calls": 2},
+        {"scheme": "w8"},
+        {"scheme": "w4", "group_size": 32, "symmetric": False},
+    ],
+)
+def test_weights_of_integers_become_arithmetic(options: dict[str, Any]) -> None:
+    pytest.importorskip("nncf", reason="pip install 'optpass[quantization]'")
+    from optpass.evaluate.difference import program_difference
+    from optpass.ir.quantized import DEQUANTIZE_CHANNELS, DEQUANTIZE_GROUPS
+    from optpass.passes.quantize import Quantize
+    from optpass.pipeline.manager import run_pass
+    from optpass.pipeline.recipe import Step
+
+    program, _ = capture_module(Layers, x=torch.zeros(4, 64))
+    quantised, _ = run_pass(program, Step("quantize", Quantize(**options)))
+    found = _with_arithmetic(quantised.entries["full"])
+    targets = {node.target for node in found.calls}
+    assert not targets & {DEQUANTIZE_CHANNELS, DEQUANTIZE_GROUPS}
+    arithmetic = replace(quantised, entries={"full": found})
+    assert program_difference(quantised, arithmetic).relative_error <= 1e-6
+
+
+@compiles
+@pytest.mark.slow
+def test_quantised_layers_run_right(tmp_path: Path) -> None:
+    pytest.importorskip("nncf", reason="pip install 'optpass[quantization]'")
+    from optpass.evaluate.difference import program_runner
+    from optpass.passes.quantize import Quantize
+    from optpass.pipeline.manager import run_pass
+    from optpass.pipeline.recipe import Step
+
+    program, _ = capture_module(Layers, x=torch.zeros(4, 64))
+    quantised, _ = run_pass(program, Step("quantize", Quantize(form="portable", calls=2)))
+    run = runner(tmp_path, Torch().lower(quantised, Lowering(tmp_path))["full"])
+    given = {"x": torch.randn(4, 64)}
+    torch.testing.assert_close(
+        run(given)["output"], program_runner(quantised, "full")(given)["output"], atol=1e-4, rtol=0
+    )
