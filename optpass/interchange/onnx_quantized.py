@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from optpass.ir.graph import Graph
-from optpass.ir.quantized import DEQUANTIZE_GROUPS, Quantized, ZeroPoints
+from optpass.ir.quantized import DEQUANTIZE_CHANNELS, DEQUANTIZE_GROUPS, Quantized, ZeroPoints
 from optpass.ir.weights import Cast, Expression, Permute, Shape, Unary
 
 if TYPE_CHECKING:
@@ -23,8 +24,15 @@ GROUPS_OPSET = 21
 
 def opset_for(graph: Graph, asked: int) -> int:
     """``asked``, or the first operator set that has what ``graph`` needs."""
-    grouped = any(node.target == DEQUANTIZE_GROUPS for node in graph.calls)
-    return max(asked, GROUPS_OPSET) if grouped else asked
+    return max(asked, GROUPS_OPSET) if any(map(_is_late, graph.calls)) else asked
+
+
+def _is_late(node: Node) -> bool:
+    """Whether ``node`` makes real values of 4 bits, or in groups."""
+    if node.target != DEQUANTIZE_CHANNELS:
+        return node.target == DEQUANTIZE_GROUPS
+    low, high = node.args[4:6]
+    return bool(high - low < 16)  # type: ignore[operator]
 
 
 def translations() -> dict[Any, Callable[..., Any]]:

@@ -101,7 +101,8 @@ class Insertion:
                 real = self.graph.call(DEQUANTIZE_GROUPS, *operands, *arguments, like=node)
             else:
                 arguments = (weight.axis, low, high, scheme.dtype)  # type: ignore[assignment]
-                real = self.graph.call(DEQUANTIZE_CHANNELS, *operands, *arguments, like=node)
+                other = {} if expression.dtype == torch.float32 else {"out_dtype": expression.dtype}
+                real = self.graph.call(DEQUANTIZE_CHANNELS, *operands, *arguments, like=node, **other)
         node.replace_input_with(weight.read, real)
 
     def _correct(self, weight: Weight, ranges: Ranges) -> None:

@@ -188,7 +188,7 @@ def _order(placement: Placement, graph: Graph) -> None:
 def _adds_alike(node: Node) -> bool:
     operands = node.all_input_nodes
     computed = all(operand.op == "call_function" for operand in operands)
-    return computed and len({tuple(value_of(operand).shape) for operand in operands}) == 1 and len(operands) == 2
+    return computed and len(operands) == 2 and shape_of(operands[0]) == shape_of(operands[1])
 
 
 def _read_as_integers(node: Node, integer: set[Node]) -> bool:

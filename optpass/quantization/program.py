@@ -74,5 +74,7 @@ class Quantization:
             insertion.insert(placement.on(graph), self.ranges[name] if self.ranges else Ranges())
             if self.form is not None and self.form.integer_bias:
                 insertion.integer_biases()
+            # Reads of real weights that are integers now would keep them in the Program.
+            graph.remove_dead_code()
             entries[name] = graph
         return replace(program, entries=entries, weights=program.weights.updated(made))

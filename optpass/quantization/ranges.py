@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from optpass.errors import OptpassError
-from optpass.ir.graph import Graph
+from optpass.errors import OptpassError, UserError
+from optpass.ir.graph import Graph, path_of
 from optpass.ir.quantized import DEQUANTIZE, DEQUANTIZE_CHANNELS, Quantizer
 from optpass.ir.weights import WeightStore
 from optpass.quantization.form import QuantizationForm
@@ -56,6 +57,18 @@ class Ranges:
     factors: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
 
+    def symmetric(self) -> Ranges:
+        """With zero points of 0. NNCF gives what is never negative, as after a ReLU, all integers; kernels that want
+        symmetric ones take half of them then."""
+        return replace(self, activations={edge: _symmetric(found) for edge, found in self.activations.items()})
+
+
+def _symmetric(quantizer: Quantizer) -> Quantizer:
+    low, high, zero = quantizer.low, quantizer.high, quantizer.zero_point
+    if zero == 0:
+        return quantizer
+    return replace(quantizer, scale=max(zero - low, high - zero) * quantizer.scale / high, zero_point=0)
+
 
 def find_ranges(
     graph: Graph,
@@ -72,6 +85,7 @@ def find_ranges(
     Raises:
         MissingValuesError: the Program was captured structure-only.
         OptpassError: NNCF cannot take the graph; the message is its own.
+        UserError: a value held NaN or Inf in a call.
     """
     if not placement.edges:
         return Ranges()
@@ -89,7 +103,9 @@ def find_ranges(
         raise OptpassError(
             f"NNCF cannot calibrate this graph: {type(error).__name__}: {first_lines(error, 3)}"
         ) from error
-    return _read(placement, module, found)
+    ranges = _read(placement, module, found)
+    _check(placement, ranges)
+    return ranges.symmetric() if form.symmetric else ranges
 
 
 def _quantised(
@@ -199,6 +215,13 @@ def _read_operand(ranges: Ranges, found: GraphModule, value: Node, reader: Node,
             return
         else:
             raise OptpassError(f"NNCF put {operand.format_node()} where a quantiser was asked for")
+
+
+def _check(placement: Placement, ranges: Ranges) -> None:
+    for value, reader in placement.edges:
+        quantizer = ranges.activations.get((value.name, reader.name))
+        if quantizer is not None and not (math.isfinite(quantizer.scale) and quantizer.scale > 0):
+            raise UserError(f"{path_of(reader)} reads NaN or Inf in calibration ({value.name}): it has no range")
 
 
 def _attribute(module: GraphModule, node: Node) -> Tensor:
