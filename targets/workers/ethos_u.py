@@ -23,6 +23,7 @@ SHOWN = 200
 COUNT = re.compile(r"^(CPU|NPU) operators = (\d+)", re.MULTILINE)
 BORDER = ("quantize_per_tensor", "dequantize_per_tensor")
 """What turns floats into integers and back, where a delegate's tensors come from the outside."""
+PRODUCTS, ACTIVATIONS = ("aten.conv", "aten.linear"), ("aten.relu", "aten.hardtanh")
 COMPOSITE = ("aten.group_norm", "aten.layer_norm", "aten.softmax", "aten.mean", "aten.var", "aten.rms_norm")
 """What Arm's compiler breaks into operators whose own values would have to be quantised too."""
 UNMARKED = "Node was not marked as quantized in the Arm backend."
@@ -82,13 +83,24 @@ def mark_integers(module: Any) -> None:
 
 
 def _of_integers(node: Any) -> bool:
-    """Whether all that ``node`` reads was integers, and all that it gives becomes integers."""
-    if "quantize_per" in str(node.target) or str(node.target).startswith(COMPOSITE):
+    """Whether all that ``node`` reads was integers, and all that it gives becomes integers.
+
+    An activation behind a convolution or product is one with it: no integers stand between.
+    """
+    name = str(node.target)
+    if "quantize_per" in name or name.startswith(COMPOSITE):
         return False
     read = [each for each in node.all_input_nodes if each.op != "get_attr"]
-    given = [user for reader in node.users for user in (reader.users if "getitem" in str(reader.target) else [reader])]
-    whole = "getitem" in str(node.target) or all("dequantize_per" in str(each.target) for each in read)
+    if name.startswith(ACTIVATIONS) and str(read[0].target).startswith(PRODUCTS):
+        return _of_integers(read[0])
+    given = [each for reader in node.users for each in (reader.users if _is_passed(reader, name) else [reader])]
+    whole = "getitem" in name or all("dequantize_per" in str(each.target) for each in read)
     return whole and all(".quantize_per" in str(user.target) for user in given)
+
+
+def _is_passed(reader: Any, name: str) -> bool:
+    activated = name.startswith(PRODUCTS) and str(reader.target).startswith(ACTIVATIONS)
+    return activated or "getitem" in str(reader.target)
 
 
 @contextmanager
