@@ -39,6 +39,8 @@ BOUND, DROP = 40.0, 20.0
 module before it."""
 CEILING = 100.0
 """dB above which a fall means nothing: float32 rounds."""
+MARGIN = 10.0
+"""dB by which a stage's error may lie below the one that is there already, before a fall means nothing."""
 SCHEMA = 1
 
 Runners = Mapping[str, Runner]
@@ -133,7 +135,7 @@ def module_differences(
     """Compare the modules that ``modules`` names (:func:`~optpass.rewrite.probes.choice_of`).
 
     A stage departs where its signal-to-noise ratio against the stage before is below ``bound`` dB, or more than
-    ``drop`` dB below that of every module before.
+    ``drop`` dB below that of every module before; the latter only if that is much beside the error that is there.
 
     Raises:
         UserError: as :func:`~optpass.evaluate.replay.replay`, or no module is chosen.
@@ -273,12 +275,19 @@ def _departure(stage: str, modules: Sequence[Module], bound: float, drop: float)
         why = ""
         if math.isnan(snr) or snr < bound:
             why = f"below {bound:g} dB"
-        elif lowest is not None and min(lowest, CEILING) - snr > drop:
+        elif lowest is not None and min(lowest, CEILING) - snr > drop and snr < _drowned(module, stage):
             why = f"{min(lowest, CEILING) - snr:.0f} dB below every module before it"
         if why:
             return Departure(stage, module.entry, module.path, snr, why)
         lowest = snr if lowest is None else min(lowest, snr)
     return None
+
+
+def _drowned(module: Module, stage: str) -> float:
+    """The ratio from which on what ``stage`` does is small beside what the stage before it has of error."""
+    found = list(module.reference)
+    before = found[: found.index(stage)] if stage in found else []
+    return module.reference[before[-1]].snr + MARGIN if before else math.inf
 
 
 def _ratios(stage: str, modules: Sequence[Module]) -> Iterator[tuple[Module, float]]:

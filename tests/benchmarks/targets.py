@@ -54,7 +54,8 @@ class Row:
     """One build. Seconds, bytes, decibels and milliseconds; ``None`` where a thing was not or cannot be measured.
 
     ``snr`` is the engine's against ONNX Runtime's of the same Program, ``snr_checkpoint`` against the checkpoint
-    computed in float32; ``coverage`` as :class:`optpass.pipeline.target.Coverage` has it, without the places.
+    computed in float32; ``load`` is that of the machine while ``milliseconds`` were measured; ``coverage`` as
+    :class:`optpass.pipeline.target.Coverage` has it, without the places.
     """
 
     model: str
@@ -70,8 +71,14 @@ class Row:
     snr: float | None = None
     snr_checkpoint: float | None = None
     milliseconds: float | None = None
+    load: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     error: str = ""
+
+    @property
+    def busy(self) -> bool:
+        """Whether others used the machine while times were taken, which then say nothing."""
+        return self.load is None or self.load > 1.5 * (os.cpu_count() or 1)
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -183,7 +190,7 @@ def _compare(row: Row, reference: Path, out: Path) -> None:
         row.error = f"the engine does not run: {done.stderr.strip().splitlines()[-1][:300]}"
         return
     found = json.loads(done.stdout.splitlines()[-1])
-    row.snr, row.milliseconds = found["snr"], found["milliseconds"]
+    row.snr, row.milliseconds, row.load = found["snr"], found["milliseconds"], found["load"]
 
 
 def compared(reference: Path, out: Path) -> dict[str, Any]:
@@ -206,7 +213,7 @@ def compared(reference: Path, out: Path) -> dict[str, Any]:
             start = perf_counter()
             after.runner(trials[0])
             times.append((perf_counter() - start) * 1e3)
-    return found | {"milliseconds": median(times[WARMUP:]) if times else None}
+    return found | {"milliseconds": median(times[WARMUP:]) if times else None, "load": os.getloadavg()[0]}
 
 
 def _said(error: SystemExit) -> str:
@@ -256,7 +263,8 @@ INTRODUCTION = (
     "device's own kernels run, as its compiler says. The signal-to-noise ratios are the worst output's over random "
     "inputs: against ONNX Runtime's engine of the same Program, and against the checkpoint in float32 (what a form "
     "costs is in the second alone). Times are medians on this machine, of engines that run here at their own speed; "
-    "an engine that was compiled and not run has none."
+    "an engine that was compiled and not run has none, and *busy* is where others used the machine meanwhile (the "
+    "times are in the rows, with the load)."
 )
 
 
@@ -288,7 +296,7 @@ def _line(row: Row) -> str:
         covered,
         _number(row.snr, 1),
         _number(row.snr_checkpoint, 1),
-        _number(row.milliseconds, 1),
+        "busy" if row.milliseconds and row.busy else _number(row.milliseconds, 1),
         "; ".join(filter(None, notes)),
     ]
     return f"| {label} | {row.form} | {' | '.join(cells)} |"

@@ -97,7 +97,7 @@ def inside(monkeypatch):
 def test_processes_take_turns_and_are_told_apart(contestant):
     slow, fast = bench(
         [contestant("slow", "sleeper", milliseconds=6, megabytes=64), contestant("fast", "sleeper", milliseconds=2)],
-        Effort(runs=8, warmup=1, threads=1),
+        Effort(runs=8, warmup=1),
     ).rows
     assert slow.ratio is None
     assert fast.ratio is not None
@@ -190,11 +190,11 @@ def test_the_table_says_what_is_known(ratio, said):
 # -------------------------------------------------------------------------------------------------------- bundles
 
 
-def write(out: Path, program: Program, **options: Any) -> Path:
-    target = target_class("onnxruntime").of("onnxruntime", options)
+def write(out: Path, program: Program, name: str = "program", **options: Any) -> Path:
+    target = target_class(name).of(name, options)
     with BundleWriter(out) as writer:
         engines = target.lower(program, Lowering(writer.folder))
-        writer.finish(program=program, target="onnxruntime", options=target.as_options(), engines=engines)
+        writer.finish(program=program, target=name, options=target.as_options(), engines=engines)
     return out
 
 
@@ -202,10 +202,10 @@ def write(out: Path, program: Program, **options: Any) -> Path:
 def bundles(tmp_path_factory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("bundles")
     return {
-        "plain": write(home / "plain", denoiser()[0], threads=1),
-        "cached": write(home / "cached", cached()[0], threads=1),
-        "listed": write(home / "listed", cached(Listed((0, 2), of=4))[0], threads=1),
-        "wide": write(home / "wide", denoiser(batch=3)[0], threads=1),
+        "plain": write(home / "plain", denoiser()[0]),
+        "cached": write(home / "cached", cached()[0]),
+        "listed": write(home / "listed", cached(Listed((0, 2), of=4))[0]),
+        "wide": write(home / "wide", denoiser(batch=3)[0]),
     }
 
 
@@ -261,7 +261,7 @@ def test_what_cannot_be_measured_is_refused(bundles, arguments, message, monkeyp
 
 @pytest.mark.usefixtures("inside")
 def test_an_emulator_has_no_times(bundles, monkeypatch):
-    monkeypatch.setattr(target_class("onnxruntime"), "runs", lambda self: "emulated")
+    monkeypatch.setattr(target_class("program"), "runs", lambda self: "emulated")
     with pytest.raises(UserError, match="run in an emulator here, whose times mean nothing"):
         bench(bundle_contestants([bundles["plain"]]), Effort(runs=1))
 
@@ -269,7 +269,7 @@ def test_an_emulator_has_no_times(bundles, monkeypatch):
 @pytest.mark.usefixtures("inside")
 def test_an_open_batch_is_chosen_and_threads_are_set(capture_shared, tmp_path):
     program = capture_shared(lambda: nn.Linear(4, 4), {"input": ("batch", 4)}, {"batch": Span(1, 8)})
-    folder = write(tmp_path / "open", program)
+    folder = write(tmp_path / "open", program, "onnxruntime")
     measured = bench(bundle_contestants([folder], batch=6, threads=1), Effort(runs=1, threads=1)).rows[0]
     assert measured.throughput == pytest.approx(6000 / measured.latency.median)
     assert measured.facts["options"]["threads"] == 1

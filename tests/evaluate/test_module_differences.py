@@ -159,6 +159,18 @@ def test_a_departure_is_a_low_ratio_or_a_fall(ratios, where, why):
         assert departure.why == why
 
 
+@pytest.mark.parametrize(("already", "departs"), [(30.0, False), (60.0, True)])
+def test_a_fall_that_drowns_in_the_error_that_is_there_is_none(already, departs):
+    error = Difference(0, 0, already)
+    modules = [
+        Module(
+            "full", str(snr), (1,), {OPTIMISED: error, ENGINE: error}, {OPTIMISED: error, ENGINE: Difference(0, 0, snr)}
+        )
+        for snr in (110.0, 62.0)
+    ]
+    assert bool(module._departure(ENGINE, modules, BOUND, DROP)) is departs
+
+
 def test_the_command_prints_a_table_or_json(halved, monkeypatch, capsys):
     for flag in ([], ["--json"]):
         monkeypatch.setattr("sys.argv", ["optpass", "compare", *map(str, halved), "--modules", "blocks.?", *flag])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from optpass.interchange.onnx_folder import write_onnx_folder
-from optpass.interchange.onnx_surgery import biases_first, fusible_attention
+from optpass.interchange.onnx_surgery import biases_first, dequantise_weights, fusible_attention
 from optpass.testing import capture_module
 
 BATCH, HEADS, TOKENS, SIZE = 2, 3, 5, 16
@@ -144,3 +144,34 @@ def test_biases_stand_in_front_of_products(tmp_path: Path) -> None:
     before, after, count, _ = both(Attention, tmp_path, biases_first, x=X)
     assert count == 4
     assert before == after
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_constants_are_dequantised_as_the_operator_does(zero: int, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    weights = generator.integers(-127, 127, (6, 4), dtype=np.int8)
+    held = {
+        "w": weights,
+        "steps": np.linspace(0.01, 0.04, 4, dtype=np.float32),
+        "zeros": np.full(4, zero, dtype=np.int8),
+    }
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["w", "steps", "zeros"], ["real"], "layer/weight", axis=1),
+        onnx.helper.make_node("MatMul", ["x", "real"], ["y"], "layer/linear"),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 6])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 4])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in held.items()],
+    )
+    path = tmp_path / "full.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+    feeds = {"x": generator.standard_normal((2, 6)).astype(np.float32)}
+    expected = feeds["x"] @ ((weights.astype(np.float32) - zero) * held["steps"])
+    assert dequantise_weights(path, {"another/weight"}) == 0
+    assert dequantise_weights(path, {"layer/weight"}) == 1
+    assert [node.op_type for node in onnx.load(path).graph.node] == ["MatMul"]
+    [found] = onnxruntime.InferenceSession(path).run(None, feeds)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -173,7 +173,8 @@ def test_callbacks_after_the_one_that_withdraws_see_no_result(wide):
 @pytest.mark.parametrize("schedule", [None, Listed((0, 2), of=4)])
 def test_a_pass_that_splits_the_step_is_timed_over_its_schedule(schedule):
     """Both engines walk as far as the shorter schedule goes, state and all."""
-    scope = Scope(denoiser()[0], cached(schedule)[0], before=denoiser()[0], target=TARGET)
+    target = target_class("program").of("program", {})
+    scope = Scope(denoiser()[0], cached(schedule)[0], before=denoiser()[0], target=target)
     found = engine_latency.engine_latency(scope, runs=8, seed=0)
     assert found.before.runs == found.after.runs == 8
     assert found.after.median > 0
@@ -244,6 +245,7 @@ def test_the_report_and_the_lock_know_of_a_rollback(folder, tmp_path):
     assert again["after"] == report["after"]
 
 
+@pytest.mark.slow
 def test_a_gate_that_stops_leaves_a_reproducer_that_stops_too(folder, tmp_path):
     with pytest.raises(GateError) as caught:
         apply(make_recipe(halved(max_ratio=NEVER)), Request(folder, tmp_path / "bundle"))
