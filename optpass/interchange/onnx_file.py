@@ -18,7 +18,13 @@ from torch.fx import Node
 
 from optpass.errors import OptpassError, UserError
 from optpass.interchange.external_data import ExternalData, holds_slot, lazy_tensor
-from optpass.interchange.onnx_quantized import dequantize_last, opset_for, translations, write_zero_points
+from optpass.interchange.onnx_quantized import (
+    dequantize_last,
+    opset_for,
+    read_zero_points,
+    translations,
+    write_zero_points,
+)
 from optpass.interchange.onnx_simplify import simplify
 from optpass.ir.graph import Graph
 from optpass.ir.sizes import unguarded
@@ -65,6 +71,7 @@ def write_onnx(
 
     progress("export to ONNX", 0.0)
     model = _exported(graph, opset)
+    read_zero_points(model)
     dequantize_last(model)
     _make_lazy(model, weights, data.allow_nonfinite)
     progress("export to ONNX", 1.0)

@@ -93,6 +93,22 @@ def dequantize_last(model: ir.Model) -> None:
             _swap(model, node, source)
 
 
+def read_zero_points(model: ir.Model) -> None:
+    """DequantizeLinear(w, s, Cast(z)) → DequantizeLinear(w, s, z): z is stored in w's type, which has 4 bits perhaps.
+
+    Before anything folds the conversion, which the exporter writes.
+    """
+    for node in list(model.graph):
+        zero = node.inputs[2] if node.op_type == DEQUANTIZE and len(node.inputs) == 3 else None
+        cast = zero.producer() if zero is not None else None
+        if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
+            continue
+        if cast.inputs[0].name in model.graph.initializers:
+            node.replace_input_with(2, cast.inputs[0])
+            if not cast.outputs[0].uses():
+                model.graph.remove(cast, safe=True)
+
+
 def write_zero_points(model: ir.Model) -> None:
     """Zero points of 0 written out.
 

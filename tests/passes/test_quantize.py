@@ -190,7 +190,9 @@ def test_engines_give_what_the_graph_says(request, tmp_path, target, net, option
     run = lowered_runners(engine, after, tmp_path)["full"]
     for inputs in random_set(program, count=2, seed=3).entries["full"]:
         expected = program_runner(after, "full")(inputs)["output"]
-        assert tensor_difference(expected, run(inputs)["output"]).snr >= 40
+        # ONNX Runtime's product with 4-bit weights rounds activations as well.
+        bound = 30 if options.get("group_size") == 0 else 40
+        assert tensor_difference(expected, run(inputs)["output"]).snr >= bound
 
 
 def test_smoothing_moves_factors_and_changes_nothing_else(attention):
@@ -222,11 +224,15 @@ def test_corrected_biases_lower_the_mean_error_of_their_operator(residual, corre
     assert (found < 0.5 * before) == (correction != "none")
 
 
-def test_entries_of_a_loop_share_their_integers(tmp_path):
-    program, _ = sampled("DiT-XL/2", tmp_path)
+@pytest.mark.parametrize(
+    "options",
+    [{"scheme": "w8", "group_size": 0}, pytest.param({"calls": 2, "bias_correction": "none"}, marks=pytest.mark.slow)],
+)
+def test_entries_of_a_loop_share_their_integers(tmp_path, options):
+    program, _ = sampled("DiT-XL/2", tmp_path, layers=2)
     cached, _ = run_pass(program, Step("cache-blocks", CacheBlocks(head=1, every=2)))
     assert len(cached.entries) > 1
-    after, record = quantised(cached, calls=2, bias_correction="none")
+    after, record = quantised(cached, **options)
     integers = [name for name in after.weights if "_int8" in name]
     assert len(integers) == len({name.rpartition("_int8")[0] for name in integers})
     for name, graph in cached.entries.items():
