@@ -77,7 +77,9 @@ def make_weights_real(module: Any) -> None:
         weight = node.args[1]
         if "dequantize_per_channel" not in str(getattr(weight, "target", "")) or _becomes_integers(node):
             continue
-        values = [attrgetter(each.target)(module) if isinstance(each, torch.fx.Node) else each for each in weight.args]
+        values = [
+            attrgetter(str(each.target))(module) if isinstance(each, torch.fx.Node) else each for each in weight.args
+        ]
         name = f"real_{weight.name}"
         module.register_buffer(name, weight.target(*values, **weight.kwargs).detach())
         with module.graph.inserting_before(node):
