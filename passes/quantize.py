@@ -59,7 +59,7 @@ class Quantize(QuantizingPass):
         if quantization.form is not None:
             calls = self.calls_of(program, self.calls)
             self.settle_set(calls, context)
-            quantization = quantization.calibrated(program, calls, self.method)
+            quantization = self.calibrate(program, quantization, calls, context)
         return quantization.applied(program)
 
     def _halved(self, program: Program, context: Context) -> Program:

@@ -81,7 +81,7 @@ class MeasureSensitivity(QuantizingPass):
             calls, held = self.calls_of(program, self.calls + self.trials).split(self.trials)
             self.settle_set(calls, context)
             if whole.form is not None:
-                whole = whole.calibrated(program, calls, self.method)
+                whole = self.calibrate(program, whole, calls, context)
         real = self.real
         if real is None:
             assert held is not None

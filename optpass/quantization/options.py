@@ -20,10 +20,14 @@ from optpass.quantization.placement import Reason, weighted
 from optpass.quantization.program import Quantization
 from optpass.quantization.ranges import Correction, Estimator, Method
 from optpass.quantization.scopes import Fact, facts, left_alone, unmatched
+from optpass.quantization.sensitivity import noise_of
 from optpass.runtime.sampling import LABELS, Asked
 
 Scheme = Literal["int8", "w8", "w4"]
 GROUP = 128
+CANDIDATES: tuple[Estimator, ...] = ("histogram", "mean-minmax", "minmax")
+TRIALS = 4
+"""Calls of each entry by which estimators are told apart."""
 BATCH_NORMS = frozenset(
     {torch.ops.aten.batch_norm.default, torch.ops.aten._native_batch_norm_legit_no_training.default}
 )
@@ -50,8 +54,10 @@ class QuantizingPass(Pass):
     prompt: str | None = Field(None, description="calibration: what a text-to-image pipeline is asked for")
     labels: tuple[int, ...] = Field(LABELS, min_length=1, description="calibration: classes, in turn")
     call: dict[str, Any] = Field(default_factory=dict, description="calibration: arguments of the pipeline's call")
-    estimator: Estimator = Field("mean-minmax", description="how an activation's range is found over the calls")
-    bias_correction: Correction = Field("fast", description="shift biases by what quantisation adds to the mean")
+    estimator: Literal["auto"] | Estimator = Field(
+        "auto", description="how an activation's range is found over the calls; auto takes what outputs lose least by"
+    )
+    bias_correction: Correction = Field("none", description="shift biases by what quantisation adds to the mean")
     smooth: bool = Field(False, description="SmoothQuant: outliers of activations move into the weights")
     calibration: str | None = Field(None, description="the calibration set's SHA-256, as an earlier run settled it")
 
@@ -116,10 +122,22 @@ class QuantizingPass(Pass):
 
         return reason
 
-    @property
-    def method(self) -> Method:
-        """How ranges are found."""
-        return Method(self.estimator, self.bias_correction, self.smooth)
+    def calibrate(
+        self, program: Program, quantization: Quantization, calls: CalibrationSet, context: Context
+    ) -> Quantization:
+        """``quantization`` with ranges; where nothing says how they are found, by the way that proves best, settled."""
+        names = CANDIDATES if self.estimator == "auto" else (self.estimator,)
+        trials, found = calls.split(TRIALS)[1].entries, dict[str, tuple[float, Quantization]]()
+        for name in names:
+            method = Method(name, self.bias_correction, self.smooth)
+            calibrated = quantization.calibrated(program, calls, method)
+            noise = noise_of(program, calibrated.applied(program), trials).snr if len(names) > 1 else 0.0
+            found[name] = noise, calibrated
+        best = max(found, key=lambda name: found[name][0])
+        if len(names) > 1:
+            context.settle(estimator=best)
+            context.facts["estimators"] = {name: snr for name, (snr, _) in found.items()}
+        return found[best][1]
 
     def calls_of(self, program: Program, count: int) -> CalibrationSet:
         """``count`` calls of every entry, from what the options name."""

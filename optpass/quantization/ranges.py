@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from optpass.errors import OptpassError, UserError
 from optpass.ir.graph import Graph, path_of
@@ -40,8 +40,8 @@ class Method:
     operator at a time, ``full`` after what comes before. ``smooth`` moves outliers of activations into weights.
     """
 
-    estimator: Estimator = "mean-minmax"
-    bias_correction: Correction = "fast"
+    estimator: Estimator = "histogram"
+    bias_correction: Correction = "none"
     smooth: bool = False
 
 
@@ -100,6 +100,7 @@ def find_ranges(
     except OptpassError:
         raise
     except Exception as error:
+        _refuse_nonfinite(graph.copy().module(weights), placement, data)
         raise OptpassError(
             f"NNCF cannot calibrate this graph: {type(error).__name__}: {first_lines(error, 3)}"
         ) from error
@@ -217,11 +218,34 @@ def _read_operand(ranges: Ranges, found: GraphModule, value: Node, reader: Node,
             raise OptpassError(f"NNCF put {operand.format_node()} where a quantiser was asked for")
 
 
+_UNSEEN = "{} reads NaN or Inf in calibration ({}): it has no range"
+
+
 def _check(placement: Placement, ranges: Ranges) -> None:
     for value, reader in placement.edges:
         quantizer = ranges.activations.get((value.name, reader.name))
         if quantizer is not None and not (math.isfinite(quantizer.scale) and quantizer.scale > 0):
-            raise UserError(f"{path_of(reader)} reads NaN or Inf in calibration ({value.name}): it has no range")
+            raise UserError(_UNSEEN.format(path_of(reader), value.name))
+
+
+def _refuse_nonfinite(module: GraphModule, placement: Placement, data: Sequence[Any]) -> None:
+    """Histograms of what is no number fail, without telling where.
+
+    Raises:
+        UserError: an operator that is to read integers reads NaN or Inf.
+    """
+    readers = {value.name: reader for value, reader in reversed(placement.edges)}
+
+    class Watch(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            value = super().run_node(n)
+            if n.name in readers and not value.isfinite().all():
+                raise UserError(_UNSEEN.format(path_of(readers[n.name]), n.name))
+            return value
+
+    with torch.no_grad():
+        for call in data:
+            Watch(module, garbage_collect_values=True).run(*call)
 
 
 def _attribute(module: GraphModule, node: Node) -> Tensor:

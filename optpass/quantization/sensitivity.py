@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optpass.analysis.mac_rules import macs_of
-from optpass.evaluate.difference import IDENTICAL_DB
+from optpass.evaluate.difference import IDENTICAL_DB, program_runners
 from optpass.ir.graph import example_shape, path_of
 from optpass.ir.program import Program
 from optpass.quantization.program import Quantization
@@ -156,6 +156,16 @@ def _measure(
         else:
             group.alone.add_nothing(expected)
             group.without.add(expected, found)
+
+
+def noise_of(program: Program, other: Program, calls: Calls) -> Noise:
+    """The noise in the outputs of ``other``'s entries over ``calls``; executes both, one after the other."""
+
+    def outputs(each: Program) -> list[dict[str, Tensor]]:
+        runners = program_runners(each)
+        return [runners[name](inputs) for name, trials in calls.items() for inputs in trials]
+
+    return outputs_noise(outputs(program), outputs(other))
 
 
 def outputs_noise(reference: Sequence[Mapping[str, Tensor]], other: Sequence[Mapping[str, Tensor]]) -> Noise:

@@ -128,7 +128,7 @@ def builds(subject: Subject, folder: Path, threads: int) -> Iterator[tuple[tuple
     def nncf() -> Path:
         return file if file.exists() else peers.nncf_onnx(subject, source, file)
 
-    quantized = [{"quantize": {"data": str(calls), "calls": len(subject.calls)}}]
+    quantized = [{"quantize": {"data": str(calls), "calls": len(subject.calls), "keep": subject.keep}}]
     yield ("ONNX Runtime", "fp32", OURS), ours("onnxruntime", [])
     yield ("ONNX Runtime", "fp32", "torch.onnx"), lambda: peers.ort_runner(source, threads)
     yield ("ONNX Runtime", "int8", OURS), ours("onnxruntime", quantized)
@@ -217,9 +217,12 @@ def page(rows: list[Row], facts: dict[str, Any]) -> str:
 
     make bench-quantization
 
-{facts["machine"]}, load before and after {facts["load"]}. All engines of a model are called in turn,
-{facts["rounds"]} rounds; medians of a call. The error is that of {HELD_OUT} held-out calls against PyTorch in float32;
-calibration is {CALIBRATION} other calls, the same for all. ONNX Runtime has no bf16 kernels on x86.
+{facts["machine"]},
+load before and after {facts["load"]}.
+All engines of a model are called in turn, {facts["rounds"]} rounds; medians of a call. The error is that of {HELD_OUT} held-out
+calls against PyTorch in float32; calibration is {CALIBRATION} other calls, the same for all. ONNX Runtime has no bf16 kernels
+on x86. All tools have their defaults; ours leaves the UNet's projections around residual blocks real
+(`keep: "*.conv_shortcut"`, as `sensitivity` finds).
 
 {table(rows)}
 
