@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -101,10 +102,12 @@ def measured(subject: Subject, folder: Path, threads: int, rounds: int) -> list[
         row.sqnr = sqnr(references, [run(peers.arrays(call)) for call in subject.others])
     times: dict[int, list[float]] = {index: [] for index in range(len(built))}
     call = peers.arrays(subject.others[0])
+    turns = random.Random(0)
     for number in range(WARMUP + rounds):
-        for index, (_, run) in enumerate(built):
+        # Another order in every round: what an engine leaves behind meets each of the others.
+        for index in turns.sample(range(len(built)), len(built)):
             started = time.perf_counter()
-            run(call)
+            built[index][1](call)
             if number >= WARMUP:
                 times[index].append((time.perf_counter() - started) * 1e3)
     for index, (row, _) in enumerate(built):
@@ -219,9 +222,9 @@ def page(rows: list[Row], facts: dict[str, Any]) -> str:
 
 {facts["machine"]},
 load before and after {facts["load"]}.
-All engines of a model are called in turn, {facts["rounds"]} rounds; medians of a call. The error is that of {HELD_OUT} held-out
-calls against PyTorch in float32; calibration is {CALIBRATION} other calls, the same for all. ONNX Runtime has no bf16 kernels
-on x86. All tools have their defaults; ours leaves the UNet's projections around residual blocks real
+All engines of a model are called once a round, in random order, {facts["rounds"]} rounds; medians of a call. The error
+is that of {HELD_OUT} held-out calls against PyTorch in float32; calibration is {CALIBRATION} other calls, the same for all.
+ONNX Runtime has no bf16 kernels on x86. All tools have their defaults; ours leaves the UNet's projections around residual blocks real
 (`keep: "*.conv_shortcut"`, as `sensitivity` finds).
 
 {table(rows)}

@@ -154,6 +154,8 @@ def ort_runner(path: Path, threads: int) -> Runner:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    # Its threads would go on spinning in the next engine's turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = {item.name for item in session.get_inputs()}
 
