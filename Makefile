@@ -2,6 +2,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLIVE := .venv-olive/bin/python
+TARGETS ?= openvino,iree,coreml,torch
+MODELS ?= moving-digits,digits-vit,taef2
 CHECKPOINT := tests/checkpoints/moving-digits
 # One thread a worker: workers that each take every core slow one another down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -57,11 +60,20 @@ bench-pruning: $(STAMP)  ## prune-channels beside Torch-Pruning, quality of movi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[peers]'
 	$(BIN)/python tests/benchmarks/pruning.py --out docs/results/pruning.md
 
-bench-quantization: $(STAMP)  ## int8 beside NNCF, quantize_static and Olive on this CPU; writes docs/results/quantization.md
-	$(BIN)/python tests/benchmarks/quantization.py --out docs/results/quantization.md
+# Olive's pins are not ours.
+$(OLIVE):
+	$(PYTHON) -m venv $(dir $(OLIVE))..
+	$(OLIVE) -m pip install --quiet --constraint constraints.txt torch
+	$(OLIVE) -m pip install --quiet olive-ai==0.13.0 onnxruntime onnx onnxscript requests
+
+bench-quantization: $(STAMP) $(OLIVE)  ## int8 beside NNCF, quantize_static and Olive on this CPU; writes docs/results/quantization.md
+	OPTPASS_OLIVE=$(OLIVE) $(BIN)/python tests/benchmarks/quantization.py --out docs/results/quantization.md
 
 bench-int8: $(STAMP)  ## moving-digits in int8, alone and with Clockwork; writes docs/results/int8-digits.md
 	$(BIN)/python tests/benchmarks/int8_digits.py --out docs/results/int8-digits.md
+
+bench-targets: $(STAMP)  ## What every target that is installed makes of the same models; writes docs/results/targets.md
+	$(BIN)/python tests/benchmarks/targets.py --targets $(TARGETS) --models $(MODELS) --out docs/results/targets.md
 
 test-targets: $(STAMP)  ## Tests of the targets that make test skips; installs what the registry has
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[targets]'

@@ -216,16 +216,17 @@ def table(rows: list[Row]) -> str:
 def page(rows: list[Row], facts: dict[str, Any]) -> str:
     broken = failures(rows)
     verdict = "\n".join(f"- {line}" for line in broken) if broken else "In every cell."
+    before, after = facts["load"]
     return f"""# int8 on the CPU, beside other tools
 
     make bench-quantization
 
 {facts["machine"]},
-load before and after {facts["load"]}.
+load {before} before and {after} after.
 All engines of a model are called once a round, in random order, {facts["rounds"]} rounds; medians of a call. The error
 is that of {HELD_OUT} held-out calls against PyTorch in float32; calibration is {CALIBRATION} other calls, the same for all.
-ONNX Runtime has no bf16 kernels on x86. All tools have their defaults; ours leaves the UNet's projections around residual blocks real
-(`keep: "*.conv_shortcut"`, as `sensitivity` finds).
+ONNX Runtime has no bf16 kernels on x86. All tools have their defaults; ours leaves the UNet's projections around
+residual blocks real (`keep: "*.conv_shortcut"`, as `sensitivity` finds).
 
 {table(rows)}
 
