@@ -24,6 +24,9 @@ MONOTONE = frozenset(
 )
 """Operators that give no value that they were not given, or 0: integers pass through them as they are."""
 
+AVERAGES = frozenset({aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.mean.dim})
+"""What stands between a convolutional stream and its classifier."""
+
 Reason = Callable[[Node], str]
 """Why an operator is left in floating point; empty when it is not."""
 
@@ -192,7 +195,7 @@ def _adds_alike(node: Node) -> bool:
 
 
 def _read_as_integers(node: Node, integer: set[Node]) -> bool:
-    """Whether all that reads ``node``, through monotone operators, takes integers (or reduces: a classifier's end)."""
+    """Whether all that reads ``node``, through monotone operators and averages, takes integers."""
     readers, seen = list(node.users), set()
     found = bool(readers)
     while readers and found:
@@ -200,7 +203,7 @@ def _read_as_integers(node: Node, integer: set[Node]) -> bool:
         if reader in seen or reader in integer:
             continue
         seen.add(reader)
-        found = reader.target in MONOTONE and bool(reader.users)
+        found = reader.target in MONOTONE | AVERAGES and bool(reader.users)
         readers += reader.users
     return found
 

@@ -164,7 +164,7 @@ def own(subject: Subject, folder: Path, calls: Path, target: dict[str, Any], pas
     module = optpass.load(out)
 
     def run(call: peers.Arrays) -> np.ndarray[Any, Any]:
-        outputs = module.runner({spec.name: torch.from_numpy(call[spec.name]) for spec in module.inputs})
+        outputs = module.runner({s.name: torch.from_numpy(call[s.name]).to(s.dtype) for s in module.inputs})
         return next(iter(outputs.values())).numpy()
 
     return run
