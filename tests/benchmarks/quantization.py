@@ -12,9 +12,11 @@ import argparse
 import json
 import os
 import random
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -33,6 +35,8 @@ from optpass.pipeline.request import Request
 
 ROUNDS, WARMUP = 40, 5
 OURS = "optpass"
+LIMIT = 300
+"""Seconds in which an engine is to be built."""
 NOISE = 0.03
 """Ratios nearer to 1 than this are called the same."""
 SQNR_MARGIN = 1.0
@@ -64,21 +68,27 @@ def main() -> None:
     options = parser.parse_args()
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
-    load = os.getloadavg()
-    rows: list[Row] = []
+    found: dict[str, list[Row]] = kept(options.out.with_suffix(".json"))
     with tempfile.TemporaryDirectory() as temporary:
         known = subjects(Path(temporary))
         for name in options.models.split(","):
             subject = known[name]()
-            rows += measured(subject, Path(temporary, f"{name}.engines"), threads, options.rounds)
-            print(table(rows), flush=True)
-    facts = {"machine": machine(), "load": [load, os.getloadavg()], "rounds": options.rounds}
-    options.out.with_suffix(".json").write_text(
-        json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1), encoding="utf-8"
-    )
-    options.out.write_text(page(rows, facts), encoding="utf-8")
+            found[name] = measured(subject, Path(temporary, f"{name}.engines"), threads, options.rounds)
+            print(table(found[name]), flush=True)
+            # What is done stays done, whatever the next model does.
+            records = {key: [asdict(row) for row in rows] for key, rows in found.items()}
+            options.out.with_suffix(".json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    rows = [row for each in found.values() for row in each]
+    options.out.write_text(page(rows, options.rounds), encoding="utf-8")
     if broken := failures(rows):
         raise SystemExit("\n".join(broken))
+
+
+def kept(path: Path) -> dict[str, list[Row]]:
+    """The rows of models that were measured before."""
+    if not path.exists():
+        return {}
+    return {name: [Row(**row) for row in rows] for name, rows in json.loads(path.read_text("utf-8")).items()}
 
 
 def measured(subject: Subject, folder: Path, threads: int, rounds: int) -> list[Row]:
@@ -91,7 +101,8 @@ def measured(subject: Subject, folder: Path, threads: int, rounds: int) -> list[
         rows.append(row)
         try:
             started = time.perf_counter()
-            built.append((row, build()))
+            with within(LIMIT):
+                built.append((row, build()))
             print(f"{subject.title}: {tool} {form} for {runtime}: {time.perf_counter() - started:.0f} s", flush=True)
         except Exception as error:
             row.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
@@ -170,6 +181,25 @@ def own(subject: Subject, folder: Path, calls: Path, target: dict[str, Any], pas
     return run
 
 
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """
+    Raises:
+        TimeoutError: what is inside takes longer.
+    """
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not built within {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 def sqnr(references: list[Any], found: list[Any]) -> float:
     signal = sum(float((reference.astype(np.float64) ** 2).sum()) for reference in references)
     noise = sum(float(((a.astype(np.float64) - b) ** 2).sum()) for a, b in zip(references, found, strict=True))
@@ -213,17 +243,15 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def page(rows: list[Row], facts: dict[str, Any]) -> str:
+def page(rows: list[Row], rounds: int) -> str:
     broken = failures(rows)
     verdict = "\n".join(f"- {line}" for line in broken) if broken else "In every cell."
-    before, after = facts["load"]
     return f"""# int8 on the CPU, beside other tools
 
     make bench-quantization
 
-{facts["machine"]},
-load {before} before and {after} after.
-All engines of a model are called once a round, in random order, {facts["rounds"]} rounds; medians of a call. The error
+{machine()}.
+All engines of a model are called once a round, in random order, {rounds} rounds; medians of a call. The error
 is that of {HELD_OUT} held-out calls against PyTorch in float32; calibration is {CALIBRATION} other calls, the same for all.
 ONNX Runtime has no bf16 kernels on x86. All tools have their defaults; ours leaves the UNet's projections around
 residual blocks real (`keep: "*.conv_shortcut"`, as `sensitivity` finds).
