@@ -252,7 +252,7 @@ def page(rows: list[Row], rounds: int) -> str:
 
 {machine()}.
 All engines of a model are called once a round, in random order, {rounds} rounds; medians of a call. The error
-is that of {HELD_OUT} held-out calls against PyTorch in float32; calibration is {CALIBRATION} other calls, the same for all.
+is that of {HELD_OUT} held-out calls against PyTorch in float32; calibration is {CALIBRATION} others, the same for all.
 ONNX Runtime has no bf16 kernels on x86. All tools have their defaults; ours leaves the UNet's projections around
 residual blocks real (`keep: "*.conv_shortcut"`, as `sensitivity` finds).
 
