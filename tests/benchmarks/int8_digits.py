@@ -54,6 +54,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--runtimes", default="onnxruntime,openvino")
     parser.add_argument("--clips", type=int, default=CLIPS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
@@ -61,7 +62,7 @@ def main() -> None:
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as temporary:
         found: list[Row] = []
-        for runtime in ("onnxruntime", "openvino"):
+        for runtime in options.runtimes.split(","):
             found += measured(runtime, Path(temporary), options.clips, options.rounds)
             print(table(found), flush=True)
     broken = failures(found)

@@ -35,7 +35,7 @@ from optpass.pipeline.request import Request
 
 ROUNDS, WARMUP = 40, 5
 OURS = "optpass"
-LIMIT = 300
+LIMIT = 180
 """Seconds in which an engine is to be built."""
 NOISE = 0.03
 """Ratios nearer to 1 than this are called the same."""
