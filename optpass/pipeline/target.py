@@ -131,7 +131,7 @@ class Target(Options):
 
     @classmethod
     def missing_packages(cls) -> list[str]:
-        return [name for name in cls.packages if importlib.util.find_spec(name) is None]
+        return [name for name in cls.packages if not _importable(name)]
 
     @classmethod
     def lacks(cls, name: str) -> str:
@@ -206,6 +206,14 @@ class Target(Options):
     @classmethod
     def summary(cls) -> str:
         return (inspect.getdoc(cls) or "").split("\n", 1)[0]
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        # Of ``a.b``, where there is no ``a``.
+        return False
 
 
 def _slots(program: Program) -> Iterator[Unsupported]:
