@@ -35,8 +35,7 @@ from optpass.pipeline.request import Request
 
 ROUNDS, WARMUP = 40, 5
 OURS = "optpass"
-LIMIT = 180
-"""Seconds in which an engine is to be built."""
+LIMIT = 900
 NOISE = 0.03
 """Ratios nearer to 1 than this are called the same."""
 SQNR_MARGIN = 1.0
@@ -65,6 +64,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", default="resnet50,dit,moving-digits,digits-vit")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds in which an engine is to be built")
     options = parser.parse_args()
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
@@ -73,7 +73,7 @@ def main() -> None:
         known = subjects(Path(temporary))
         for name in options.models.split(","):
             subject = known[name]()
-            found[name] = measured(subject, Path(temporary, f"{name}.engines"), threads, options.rounds)
+            found[name] = measured(subject, Path(temporary, f"{name}.engines"), threads, options.rounds, options.limit)
             print(table(found[name]), flush=True)
             # What is done stays done, whatever the next model does.
             records = {key: [asdict(row) for row in rows] for key, rows in found.items()}
@@ -91,7 +91,7 @@ def kept(path: Path) -> dict[str, list[Row]]:
     return {name: [Row(**row) for row in rows] for name, rows in json.loads(path.read_text("utf-8")).items()}
 
 
-def measured(subject: Subject, folder: Path, threads: int, rounds: int) -> list[Row]:
+def measured(subject: Subject, folder: Path, threads: int, rounds: int, limit: int) -> list[Row]:
     """Build every engine, then call them in turn."""
     folder.mkdir()
     built: list[tuple[Row, peers.Runner]] = []
@@ -101,7 +101,7 @@ def measured(subject: Subject, folder: Path, threads: int, rounds: int) -> list[
         rows.append(row)
         try:
             started = time.perf_counter()
-            with within(LIMIT):
+            with within(limit):
                 built.append((row, build()))
             print(f"{subject.title}: {tool} {form} for {runtime}: {time.perf_counter() - started:.0f} s", flush=True)
         except Exception as error:
