@@ -105,7 +105,7 @@ def measured(subject: Subject, folder: Path, threads: int, rounds: int, limit: i
                 built.append((row, build()))
             print(f"{subject.title}: {tool} {form} for {runtime}: {time.perf_counter() - started:.0f} s", flush=True)
         except Exception as error:
-            row.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+            row.error = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:160]}"
             print(f"{subject.title}: {tool} {form} for {runtime}: {row.error}", flush=True)
     with torch.no_grad():
         references = [subject.module(*call.values()).numpy() for call in subject.others]
