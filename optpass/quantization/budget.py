@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from optpass.errors import UserError
-from optpass.evaluate.difference import IDENTICAL_DB, program_runners
+from optpass.evaluate.difference import IDENTICAL_DB
 from optpass.evaluate.engine_latency import engine_latency
 from optpass.evaluate.generation import pipeline_folder
 from optpass.evaluate.latency import RUNS
@@ -20,7 +20,7 @@ from optpass.evaluate.quality import psnr
 from optpass.evaluate.scope import Scope
 from optpass.ir.program import Program
 from optpass.pipeline.target import Target
-from optpass.quantization.sensitivity import Calls, outputs_noise
+from optpass.quantization.sensitivity import Calls, outputs_noise, outputs_of
 from optpass.runtime.looped import program_module
 from optpass.runtime.sampling import Asked, generate
 
@@ -57,15 +57,11 @@ class SignalBudget(Budget):
     calls: Calls
 
     def figure(self, program: Program) -> float:
-        return outputs_noise(self._expected, self._outputs(program)).snr
+        return outputs_noise(self._expected, outputs_of(program, self.calls)).snr
 
     @cached_property
     def _expected(self) -> list[dict[str, Tensor]]:
-        return self._outputs(self.original)
-
-    def _outputs(self, program: Program) -> list[dict[str, Tensor]]:
-        runners = program_runners(program)
-        return [runners[name](inputs) for name, calls in self.calls.items() for inputs in calls]
+        return outputs_of(self.original, self.calls)
 
 
 @dataclass(frozen=True)

@@ -160,12 +160,13 @@ def _measure(
 
 def noise_of(program: Program, other: Program, calls: Calls) -> Noise:
     """The noise in the outputs of ``other``'s entries over ``calls``; executes both, one after the other."""
+    return outputs_noise(outputs_of(program, calls), outputs_of(other, calls))
 
-    def outputs(each: Program) -> list[dict[str, Tensor]]:
-        runners = program_runners(each)
-        return [runners[name](inputs) for name, trials in calls.items() for inputs in trials]
 
-    return outputs_noise(outputs(program), outputs(other))
+def outputs_of(program: Program, calls: Calls) -> list[dict[str, Tensor]]:
+    """What ``program``'s entries give, executed by PyTorch, in the order of ``calls``."""
+    runners = program_runners(program)
+    return [runners[name](inputs) for name, trials in calls.items() for inputs in trials]
 
 
 def outputs_noise(reference: Sequence[Mapping[str, Tensor]], other: Sequence[Mapping[str, Tensor]]) -> Noise:

@@ -142,9 +142,10 @@ def table(rows: list[Row]) -> str:
 
 def page(rows: list[Row], broken: list[str], load: tuple[float, ...], options: argparse.Namespace) -> str:
     verdict = "\n".join(f"- {line}" for line in broken) if broken else "All do."
+    asked = f"--clips {options.clips} --rounds {options.rounds} --runtimes {options.runtimes}"
     return f"""# moving-digits in int8
 
-    make bench-int8
+    python tests/benchmarks/int8_digits.py {asked}
 
 {machine()}, load before and after {load}, {os.getloadavg()}.
 {options.clips} clips of {STEPS} steps and guidance {GUIDANCE:g}, the same labels and seeds for all; times of
