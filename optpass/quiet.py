@@ -44,6 +44,20 @@ def _not_printing(module: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
+def _set(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """``module.name`` is ``value`` for a while; nothing happens in a release that has no such setting."""
+    if not hasattr(module, name):
+        yield
+        return
+    previous = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, previous)
+
+
+@contextmanager
 def quiet_export() -> Iterator[None]:
     """Without torch.export's warnings about things that the dialect settles anyway, and without stack traces.
 
@@ -52,19 +66,15 @@ def quiet_export() -> Iterator[None]:
     # A second to import, for whoever does not export.
     import torch.export._trace
 
-    previous = torch.fx.config.do_not_emit_stack_traces
-    torch.fx.config.do_not_emit_stack_traces = True
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(quiet("torch.export"))
-            for teller in TELLERS:
-                stack.enter_context(quiet(teller, logging.CRITICAL))
-            stack.enter_context(_not_printing(torch.export._trace))
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.fx.config.do_not_emit_stack_traces = previous
+    with ExitStack() as stack:
+        stack.enter_context(_set(torch.fx.config, "do_not_emit_stack_traces", True))
+        stack.enter_context(quiet("torch.export"))
+        for teller in TELLERS:
+            stack.enter_context(quiet(teller, logging.CRITICAL))
+        stack.enter_context(_not_printing(torch.export._trace))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
 
 
 def first_lines(error: BaseException, count: int = 3) -> str:
