@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,13 @@ import torch
 from gpu_models import SIZES, Model
 
 from optpass.console_bench import markdown
-from optpass.errors import OptpassError, UserError
+from optpass.errors import OptpassError
 from optpass.evaluate.bench import Effort, bench
 from optpass.evaluate.bench_bundle import bundle_contestants
 from optpass.evaluate.bench_process import Contestant
 from optpass.pipeline.apply import apply
 from optpass.pipeline.recipe import make_recipe
-from optpass.pipeline.registry import pass_names, target_names
+from optpass.pipeline.registry import target_names
 from optpass.pipeline.request import Request
 
 PEERS = Path(__file__).with_name("gpu_peers.py")
@@ -44,6 +46,17 @@ ROOM = 1.3
 NO_GPU = 3
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how."""
+
+    device: str
+    target: str
+    precisions: Sequence[str]
+    runs: int
+    jobs: int
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -52,6 +65,7 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", choices=list(BYTES), default=list(BYTES))
     parser.add_argument("--target", default="torch", help="another target, on the CPU")
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=2, help="bundles built at once, before anything is measured")
     parser.add_argument("--out", type=Path, help="write the tables to this file too")
     options = parser.parse_args()
     if reason := _unfit(options.device, options.target):
@@ -60,14 +74,15 @@ def main() -> int:
     models = SIZES[options.size]
     if unknown := set(options.models or ()) - set(models):
         parser.error(f"--models {', '.join(sorted(unknown))}: expected {', '.join(models)}")
-    parts = [f"# Denoisers on {_device_name(options.device)}", "", f"`{shlex.join(sys.argv)}`", ""]
+    plan = Plan(options.device, options.target, options.precisions, options.runs, options.jobs)
+    lines = [f"# Denoisers on {_device_name(options.device)}", "", f"`{shlex.join(sys.argv)}`", ""]
     for name in options.models or models:
         with tempfile.TemporaryDirectory() as folder:
-            parts += _model_tables(name, models[name], Path(folder), options)
-    page = "\n".join(parts) + "\n"
-    print(page)
-    if options.out:
-        options.out.write_text(page, encoding="utf-8")
+            for section in _sections(name, models[name], Path(folder), plan):
+                print("\n".join(section), flush=True)
+                lines += section
+                if options.out:
+                    options.out.write_text("\n".join(lines), encoding="utf-8")
     return 0
 
 
@@ -83,22 +98,28 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "the CPU"
 
 
-def _model_tables(name: str, model: Model, folder: Path, options: argparse.Namespace) -> Iterator[str]:
-    """A section of Markdown for each precision."""
+def _sections(name: str, model: Model, folder: Path, plan: Plan) -> Iterator[list[str]]:
+    """Lines of Markdown for each precision."""
     checkpoint = folder / "checkpoint"
     weights = model.write(checkpoint) // 2
-    for precision in options.precisions:
-        yield from (f"## {name}, {precision}", "")
-        if precision not in model.precisions:
-            yield from ("Left out: its weights and activations are too large in this precision.", "")
-            continue
-        contestants, notes = _contestants(model, checkpoint, folder / precision, precision, options)
-        for group in _groups(contestants, weights * BYTES[precision], options.device):
-            found, label = _measured(group, options.runs), f"{name}, {precision}: {', '.join(c.label for c in group)}"
-            yield found if isinstance(found, str) else markdown(found, label)
-            yield ""
-        yield from (*(f"- {note}" for note in notes), "")
-        shutil.rmtree(folder / precision, ignore_errors=True)
+    measured = [precision for precision in plan.precisions if precision in model.precisions]
+    bundles = _bundles(model, checkpoint, folder, measured, plan)
+    for precision in plan.precisions:
+        lines = [f"## {name}, {precision}", ""]
+        if precision in measured:
+            contestants, notes = _peers(model, checkpoint, precision, plan)
+            for label, made in bundles[precision].items():
+                if isinstance(made, str):
+                    notes.append(f"{label} is missing: {made}")
+                else:
+                    contestants += [Contestant(label, one.loader, one.arguments) for one in bundle_contestants([made])]
+            for group in _groups(contestants, weights * BYTES[precision], plan.device):
+                found, label = _measured(group, plan.runs), f"{name}, {precision}: {', '.join(c.label for c in group)}"
+                lines += [found if isinstance(found, str) else markdown(found, label), ""]
+            lines += [*(f"- {note}" for note in notes), ""]
+        else:
+            lines += ["Left out: its weights and activations are too large in this precision.", ""]
+        yield lines
 
 
 def _measured(group: Sequence[Contestant], runs: int) -> Mapping[str, Any] | str:
@@ -109,63 +130,69 @@ def _measured(group: Sequence[Contestant], runs: int) -> Mapping[str, Any] | str
         return f"Not measured: {error}"
 
 
-def _contestants(
-    model: Model, checkpoint: Path, folder: Path, precision: str, options: argparse.Namespace
-) -> tuple[list[Contestant], list[str]]:
-    """PyTorch's own, then ours; and why some are missing."""
-    shared = {"folder": str(checkpoint), "device": options.device, "precision": precision, "inputs": dict(model.inputs)}
+def _peers(model: Model, checkpoint: Path, precision: str, plan: Plan) -> tuple[list[Contestant], list[str]]:
+    """PyTorch's own; and why some are missing."""
+    shared = {"folder": str(checkpoint), "device": plan.device, "precision": precision, "inputs": dict(model.inputs)}
     found = [Contestant("eager", f"{PEERS}:eager", shared), Contestant("torch.compile", f"{PEERS}:compiled", shared)]
-    notes = []
-    if importlib.util.find_spec(PACKAGES[model.peer]):
-        arguments = {**shared, **model.peer_options}
-        found.append(Contestant(f"{model.peer}, eager", f"{PEERS}:{model.peer}", arguments))
-    else:
-        notes.append(f"{PACKAGES[model.peer]} is not installed: pip install -e '.[peers]'")
-    for label, caching in (("optpass", []), (f"optpass, one step of {model.every}", [model.caching])):
-        try:
-            found.append(_bundle(label, caching, model, checkpoint, folder, precision, options))
-        except UserError as error:
-            notes.append(f"{label} is missing: {error}")
-    return found, notes
+    if importlib.util.find_spec(PACKAGES[model.peer]) is None:
+        return found, [f"{PACKAGES[model.peer]} is not installed: pip install -e '.[peers]'"]
+    return [*found, Contestant(f"{model.peer}, eager", f"{PEERS}:{model.peer}", {**shared, **model.peer_options})], []
 
 
-def _bundle(
-    label: str,
-    caching: Sequence[Mapping[str, Any]],
-    model: Model,
-    checkpoint: Path,
-    folder: Path,
-    precision: str,
-    options: argparse.Namespace,
-) -> Contestant:
-    recipe = make_recipe(
-        {
-            "name": label,
-            "dtype": "float32",
-            "inputs": {name: list(shape) for name, shape in model.inputs.items()},
-            "passes": [*caching, *_precision_passes(precision)],
-            "target": {options.target: _target_options(options, precision)},
+def _bundles(
+    model: Model, checkpoint: Path, folder: Path, precisions: Sequence[str], plan: Plan
+) -> dict[str, dict[str, Path | str]]:
+    """Ours by precision and label: the bundle's folder, or why there is none.
+
+    All are built before anything is measured, so that no compiler disturbs a measurement.
+    """
+    forms: dict[str, list[Mapping[str, Any]]] = {"optpass": [], f"optpass, one step of {model.every}": [model.caching]}
+    # Threads of Inductor and of tokenizers do not survive a fork.
+    with ProcessPoolExecutor(plan.jobs, mp_context=get_context("spawn")) as pool:
+        futures: dict[str, dict[str, Future[Path | str]]] = {
+            precision: {
+                label: pool.submit(
+                    _built, _recipe(label, caching, model, precision, plan), checkpoint, folder / precision / str(index)
+                )
+                for index, (label, caching) in enumerate(forms.items())
+            }
+            for precision in precisions
         }
-    )
-    out = folder / ("cached" if caching else "plain")
-    folder.mkdir(exist_ok=True)
-    apply(recipe, Request(str(checkpoint), out, verify="never", baseline=False, samples=0))
-    [contestant] = bundle_contestants([out])
-    return Contestant(label, contestant.loader, contestant.arguments)
+        return {one: {label: found.result() for label, found in made.items()} for one, made in futures.items()}
+
+
+def _recipe(
+    label: str, caching: Sequence[Mapping[str, Any]], model: Model, precision: str, plan: Plan
+) -> dict[str, Any]:
+    return {
+        "name": label,
+        "dtype": "float32",
+        "inputs": {name: list(shape) for name, shape in model.inputs.items()},
+        "passes": [*caching, *_precision_passes(precision)],
+        "target": {plan.target: _target_options(plan, precision)},
+    }
+
+
+def _built(recipe: Mapping[str, Any], checkpoint: Path, out: Path) -> Path | str:
+    """The bundle ``out``, or why there is none. Runs in a process of its own."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        apply(make_recipe(recipe), Request(str(checkpoint), out, verify="never", baseline=False, samples=0))
+    except OptpassError as error:
+        return str(error)
+    return out
 
 
 def _precision_passes(precision: str) -> list[dict[str, Any]]:
     if precision == "int8":
-        if "quantize" not in pass_names():
-            raise UserError("the pass quantize is not installed")
         return [{"quantize": {"scheme": "int8"}}]
     return [{"cast": {"dtype": "bfloat16"}}] if precision == "bf16" else []
 
 
-def _target_options(options: argparse.Namespace, precision: str) -> dict[str, Any]:
-    if options.target != "torch":
+def _target_options(plan: Plan, precision: str) -> dict[str, Any]:
+    if plan.target != "torch":
         return {}
-    return {"device": options.device, "matmul_precision": "high" if precision == "tf32" else "highest"}
+    return {"device": plan.device, "matmul_precision": "high" if precision == "tf32" else "highest"}
 
 
 def _groups(contestants: Sequence[Contestant], nbytes: float, device: str) -> list[list[Contestant]]:
