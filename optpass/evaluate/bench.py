@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from optpass.errors import UserError
+from optpass.errors import OptpassError, UserError
 from optpass.evaluate.bench_machine import Moment, machine_state
 from optpass.evaluate.bench_process import Contestant, Process
 from optpass.evaluate.latency import NOISE, RUNS, WARMUP, Latency, Ratio
@@ -81,12 +81,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was found. ``fastest`` rows are those that noise does not tell from the one with the least median."""
+    """What was found. ``fastest`` rows are those that noise does not tell from the one with the least median.
+
+    ``left_out`` are contestants that could not be loaded, each with the reason.
+    """
 
     rows: tuple[Row, ...]
     effort: Effort
     machine: Mapping[str, Any]
     notes: tuple[str, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -96,6 +100,7 @@ class Bench:
             "contestants": [row.as_json() for row in self.rows],
             "machine": dict(self.machine),
             "notes": list(self.notes),
+            "left_out": dict(self.left_out),
         }
 
 
@@ -119,8 +124,9 @@ def bench(
     effort: Effort = Effort(),
     *,
     progress: Progress = lambda stage, fraction: None,
+    leave_out: bool = False,
 ) -> Bench:
-    """Measure ``contestants`` in turn.
+    """Measure ``contestants`` in turn; ``leave_out`` those that cannot be loaded, where others can.
 
     Raises:
         UserError: one cannot be loaded, or two take or return different tensors.
@@ -128,13 +134,7 @@ def bench(
     """
     before = Moment.now()
     with ExitStack() as stack:
-        entrants: list[_Entrant] = []
-        for index, contestant in enumerate(contestants):
-            progress("load", index / len(contestants))
-            process = stack.enter_context(Process(contestant, effort.threads))
-            process.load()
-            entrants.append(_Entrant(process))
-        progress("load", 1.0)
+        entrants, left_out = _loaded(contestants, effort, stack, progress, leave_out)
         _check_interfaces([entrant.process for entrant in entrants])
         began = time.process_time()
         for entrant in entrants:
@@ -144,7 +144,28 @@ def bench(
         own = time.process_time() - began + sum(found["cpu_seconds"] for found in memory)
     rows = _rows(entrants, memory)
     machine = machine_state(before, Moment.now(), own)
-    return Bench(rows, effort, machine, tuple(_notes(rows, machine)))
+    return Bench(rows, effort, machine, tuple(_notes(rows, machine)), left_out)
+
+
+def _loaded(
+    contestants: Sequence[Contestant], effort: Effort, stack: ExitStack, progress: Progress, leave_out: bool
+) -> tuple[list[_Entrant], dict[str, str]]:
+    """Those that are loaded, and why others are not."""
+    entrants: list[_Entrant] = []
+    left_out: dict[str, str] = {}
+    for index, contestant in enumerate(contestants):
+        progress(f"load {contestant.label}", index / len(contestants))
+        process = stack.enter_context(Process(contestant, effort.threads))
+        try:
+            process.load()
+        except OptpassError as error:
+            if not leave_out or len(left_out) + 1 == len(contestants):
+                raise
+            left_out[contestant.label] = str(error)
+        else:
+            entrants.append(_Entrant(process))
+    progress("load", 1.0)
+    return entrants, left_out
 
 
 def _check_interfaces(processes: Sequence[Process]) -> None:

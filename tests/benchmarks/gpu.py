@@ -17,6 +17,7 @@ import importlib.util
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -114,20 +115,28 @@ def _sections(name: str, model: Model, folder: Path, plan: Plan) -> Iterator[lis
                 else:
                     contestants += [Contestant(label, one.loader, one.arguments) for one in bundle_contestants([made])]
             for group in _groups(contestants, weights * BYTES[precision], plan.device):
-                found, label = _measured(group, plan.runs), f"{name}, {precision}: {', '.join(c.label for c in group)}"
-                lines += [found if isinstance(found, str) else markdown(found, label), ""]
+                lines += [*_table(group, f"{name}, {precision}", plan.runs), ""]
             lines += [*(f"- {note}" for note in notes), ""]
         else:
             lines += ["Left out: its weights and activations are too large in this precision.", ""]
         yield lines
 
 
-def _measured(group: Sequence[Contestant], runs: int) -> Mapping[str, Any] | str:
-    """The record of a benchmark, or why there is none."""
+def _table(group: Sequence[Contestant], title: str, runs: int) -> list[str]:
+    """What was measured, and why some were not."""
     try:
-        return bench(group, Effort(runs=runs)).as_json()
+        found = bench(group, Effort(runs=runs), leave_out=True, progress=_said)
     except OptpassError as error:
-        return f"Not measured: {error}"
+        return [f"Not measured: {error}"]
+    label = f"{title}: {', '.join(row.latency.label for row in found.rows)}"
+    missing = [f"- {name} is missing: {' '.join(reason.split())[:400]}" for name, reason in found.left_out.items()]
+    return [markdown(found.as_json(), label), *missing]
+
+
+def _said(stage: str, fraction: float) -> None:
+    """A line where a step of a long way begins and where it ends, with the time."""
+    if fraction in (0.0, 1.0) or stage.startswith("load"):
+        print(f"{time.strftime('%X')} {stage} {fraction:.0%}", file=sys.stderr, flush=True)
 
 
 def _peers(model: Model, checkpoint: Path, precision: str, plan: Plan) -> tuple[list[Contestant], list[str]]:
@@ -176,8 +185,10 @@ def _recipe(
 def _built(recipe: Mapping[str, Any], checkpoint: Path, out: Path) -> Path | str:
     """The bundle ``out``, or why there is none. Runs in a process of its own."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    request = Request(str(checkpoint), out, verify="never", baseline=False, samples=0)
+    label = f"{out.parent.name}, {recipe['name']}"
     try:
-        apply(make_recipe(recipe), Request(str(checkpoint), out, verify="never", baseline=False, samples=0))
+        apply(make_recipe(recipe), request, progress=lambda stage, part: _said(f"{label}: {stage}", part))
     except OptpassError as error:
         return str(error)
     return out

@@ -136,6 +136,18 @@ def test_different_tensors_are_refused_with_both_sides(contestant):
 
 
 @pytest.mark.usefixtures("inside")
+def test_those_that_cannot_be_loaded_are_left_out_where_asked(contestant, inside):
+    some = [contestant("it", "refuses"), contestant("sleeper", "sleeper", milliseconds=1)]
+    found = bench(some, Effort(runs=2), leave_out=True)
+    assert [row.latency.label for row in found.rows] == ["sleeper"]
+    assert found.as_json()["left_out"].keys() == {"it"}
+    assert "not today" in found.left_out["it"]
+    with pytest.raises(UserError, match="not today"):
+        bench(some, Effort(runs=2))
+    with pytest.raises(UserError, match="not today"):
+        bench(some[:1], Effort(runs=2), leave_out=True)
+
+
 def test_a_time_limit_stands_for_runs(contestant):
     found = bench([contestant("it", "sleeper", milliseconds=20)], Effort(seconds=0.3, warmup=1))
     assert 2 <= found.rows[0].latency.runs <= 16
