@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +30,7 @@ from optpass.pipeline.target import Footprint, LoweredEntry, Lowering, Runner, T
 from optpass.quiet import first_lines, quiet, quiet_export
 
 FLOAT = torch.float32
+LOADING = "import sys, torch, torch._inductor; torch._inductor.aoti_load_package(sys.argv[1])"
 PACKED = 3
 """Times the weights that a compilation holds: their values, the constants' object file, the package."""
 
@@ -55,7 +59,8 @@ class Torch(Target):
 
         Raises:
             MissingValuesError: the Program was captured structure-only.
-            UserError: no C++ compiler or no CUDA is here, or Inductor cannot compile the graph.
+            UserError: no C++ compiler or no CUDA is here, Inductor cannot compile the graph, or PyTorch crashes where
+                it loads what was compiled.
         """
         if not program.has_values:
             raise MissingValuesError("AOTInductor packs weights in; the checkpoint was captured structure-only")
@@ -68,6 +73,7 @@ class Torch(Target):
         started = time.perf_counter()
         exported = self._exported(graph, program, lowering)
         self._compile(exported, graph, path, lowering.folder / f"{name}.inductor")
+        _check_loads(path)
         lowering.progress(f"compile {name}", 1.0)
         details = {
             "bytes": path.stat().st_size,
@@ -165,6 +171,24 @@ class Torch(Target):
             raise UserError(
                 f"target 'torch' compiles C++ and finds no {compiler!r} here: install g++, or name a compiler by CXX"
             )
+
+
+def _check_loads(path: Path) -> None:
+    """
+    Raises:
+        UserError: a process that loads the package dies of it.
+    """
+    command = [sys.executable, "-c", LOADING, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        # Seen where the first libstdc++ of a process was not the one that the compiler links against.
+        raise UserError(
+            f"PyTorch {torch.__version__} dies of {signal.Signals(-done.returncode).name} where it loads {path.name}, "
+            "which it compiled: its C++ library may not be the compiler's. Set LD_PRELOAD to what "
+            "`g++ -print-file-name=libstdc++.so.6` prints, or name another compiler by CXX"
+        )
+    if done.returncode:
+        raise UserError(f"PyTorch cannot load {path.name}, which it compiled: {done.stderr.strip()[-400:]}")
 
 
 def _with_arithmetic(graph: Graph) -> Graph:

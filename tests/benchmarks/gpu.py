@@ -76,7 +76,8 @@ def main() -> int:
     if unknown := set(options.models or ()) - set(models):
         parser.error(f"--models {', '.join(sorted(unknown))}: expected {', '.join(models)}")
     plan = Plan(options.device, options.target, options.precisions, options.runs, options.jobs)
-    lines = [f"# Denoisers on {_device_name(options.device)}", "", f"`{shlex.join(sys.argv)}`", ""]
+    command = shlex.join(["python", "tests/benchmarks/gpu.py", *sys.argv[1:]])
+    lines = [f"# Denoisers on {_device_name(options.device)}", "", f"`{command}`", ""]
     for name in options.models or models:
         with tempfile.TemporaryDirectory() as folder:
             for section in _sections(name, models[name], Path(folder), plan):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 from optpass.capture.export import build_fake, export_program
@@ -18,6 +20,7 @@ from optpass.errors import MissingValuesError, UserError, WeightError
 from optpass.ir.program import Origin
 from optpass.ir.weights import Constant
 from optpass.pipeline.target import LoweredEntry, Lowering, Runner
+from optpass.targets import torch as module
 from optpass.targets.torch import Torch, _blamed, _constant, _with_arithmetic
 from optpass.testing import capture_module
 
@@ -146,6 +149,25 @@ def test_nan_in_a_weight_names_the_weight(captured: Any, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", r"dies of SIGSEGV where it loads full\.pt2.*Set LD_PRELOAD"),
+        ("raise SystemExit('no such kernel')", r"cannot load full\.pt2, which it compiled: no such kernel"),
+        ("print('loaded')", None),
+    ],
+)
+def test_what_was_compiled_is_loaded_in_a_process_of_its_own(
+    code: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOADING", code)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        module._check_loads(tmp_path / "full.pt2")
+
+
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"), reason="the loader of this PyTorch dies of a package without engines"
+)
 def test_a_damaged_package_is_a_clear_error(captured: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "full.pt2", "w") as archive:
         archive.writestr("full/archive_format", "pt2")
