@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from optpass.errors import UserError
-from optpass.interchange.onnx_file import OnnxFacts, module_path
+from optpass.interchange.onnx_file import OPSET, OnnxFacts, module_path
 from optpass.interchange.onnx_folder import write_onnx_folder
 from optpass.ir.graph import path_of
 from optpass.ir.program import Program
@@ -70,7 +70,7 @@ class Iree(Target):
         pattern=r"^[\w.+-]*$",
         description="host, generic or an LLVM name of a CPU; sm_86 (cuda); gfx1100 (rocm); adreno, rdna3 … (vulkan)",
     )
-    opset: int = Field(18, ge=18, le=23, description="ONNX operator set on the way")
+    opset: int = Field(OPSET, ge=18, le=23, description="ONNX operator set on the way")
 
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
     extra: ClassVar[str] = "iree"

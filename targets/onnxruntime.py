@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optpass.errors import UserError
+from optpass.interchange.onnx_file import OPSET
 from optpass.interchange.onnx_folder import OnnxFolder, write_onnx_folder
 from optpass.ir.graph import Graph, path_of
 from optpass.ir.program import Program
@@ -49,7 +50,7 @@ class OnnxRuntime(Target):
     """
 
     threads: int = Field(0, ge=0, description="threads of one operator; 0 takes as many as PyTorch does")
-    opset: int = Field(18, ge=18, le=23, description="ONNX operator set of the files")
+    opset: int = Field(OPSET, ge=18, le=23, description="ONNX operator set of the files")
     optimize: bool = Field(True, description="fold constants and simplify the ONNX graph before it is written")
     graph_optimization: Literal["all", "extended", "basic", "none"] = Field(
         "all", description="ONNX Runtime's own fusions when the engine is loaded"

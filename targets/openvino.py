@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from optpass.errors import UserError
-from optpass.interchange.onnx_file import OnnxFacts, module_path
+from optpass.interchange.onnx_file import OPSET, OnnxFacts, module_path
 from optpass.interchange.onnx_folder import write_onnx_folder
 from optpass.interchange.openvino_ir import SharedIr, converted
 from optpass.ir.program import Program
@@ -81,7 +81,7 @@ class OpenVino(Target):
     cache: bool = Field(
         False, description="keep compiled engines in the user's cache folder, so that the next load is faster"
     )
-    opset: int = Field(18, ge=18, le=23, description="ONNX operator set on the way")
+    opset: int = Field(OPSET, ge=18, le=23, description="ONNX operator set on the way")
     optimize: bool = Field(True, description="fold constants and simplify the ONNX graph on the way")
 
     quantization: ClassVar[QuantizationForm] = CPU

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from optpass.errors import UserError, nearest
-from optpass.interchange.onnx_file import OnnxFacts, module_path
+from optpass.interchange.onnx_file import OPSET, OnnxFacts, module_path
 from optpass.interchange.onnx_folder import write_onnx_folder
 from optpass.interchange.onnx_surgery import biases_first, dequantise_weights, fusible_attention
 from optpass.interchange.qnn_context import Compiled, Device, compile_context, context_session
@@ -62,7 +62,7 @@ class Qnn(Target):
         "refuse", description="what becomes of operators that the HTP lacks; cpu lets the phone's processor run them"
     )
     effort: int = Field(3, ge=0, le=3, description="what the compiler spends on the order of the graph; 3 is most")
-    opset: int = Field(18, ge=18, le=23, description="ONNX operator set on the way")
+    opset: int = Field(OPSET, ge=18, le=23, description="ONNX operator set on the way")
     optimize: bool = Field(True, description="fold constants and simplify the ONNX graph on the way")
 
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optpass.errors import UserError
-from optpass.interchange.onnx_file import OnnxFacts
+from optpass.interchange.onnx_file import OPSET, OnnxFacts
 from optpass.interchange.onnx_folder import write_onnx_folder
 from optpass.interchange.onnx_surgery import fusible_attention
 from optpass.interchange.tensorrt_engine import Building, Edition, Profile, build_engine, installed, library, messages
@@ -83,7 +83,7 @@ class TensorRT(Target):
     timing_cache: Path | None = Field(
         None, description="datacenter: a file that keeps measured kernel times for the next build"
     )
-    opset: int = Field(18, ge=18, le=23, description="ONNX operator set on the way")
+    opset: int = Field(OPSET, ge=18, le=23, description="ONNX operator set on the way")
     optimize: bool = Field(True, description="fold constants and simplify the ONNX graph on the way")
 
     extra: ClassVar[str] = "tensorrt"

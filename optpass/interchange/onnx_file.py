@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+OPSET = 20
+"""The first operator set with GELU as one operator, which kernels and NPU compilers take whole."""
 Progress = Callable[[str, float], None]
 
 
@@ -52,7 +54,7 @@ def write_onnx(
     path: Path,
     data: ExternalData,
     *,
-    opset: int = 18,
+    opset: int = OPSET,
     optimize: bool = True,
     rewrite: Callable[[ir.Model], object] | None = None,
     progress: Progress = lambda stage, fraction: None,

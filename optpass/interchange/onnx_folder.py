@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from optpass.errors import MissingValuesError
 from optpass.interchange.external_data import ExternalData
-from optpass.interchange.onnx_file import OnnxFacts, Progress, write_onnx
+from optpass.interchange.onnx_file import OPSET, OnnxFacts, Progress, write_onnx
 from optpass.ir.program import Program
 from optpass.ir.slots import Placement
 
@@ -34,7 +34,7 @@ def write_onnx_folder(
     program: Program,
     folder: Path,
     *,
-    opset: int = 18,
+    opset: int = OPSET,
     optimize: bool = True,
     rewrite: Callable[[ir.Model], object] | None = None,
     allow_nonfinite: bool = False,
