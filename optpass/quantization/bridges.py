@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.fx import Node
 
 from optpass.analysis import operators
@@ -28,9 +29,10 @@ def bridges(graph: Graph) -> Bridges:
     """The last convolution of each convolutional stage that attention reads, and what of attention reads it.
 
     Between computing operators (convolutions, linears, products of activations) lie norms, activations, views and
-    sums. A value's source is the last computing operator that it is made from. A bridge is a convolution whose own
-    source is a convolution, and the linears whose source it is and from which attention's product is reached before
-    any convolution, or the convolutions that make its operands themselves (q, k, v as 1×1 convolutions).
+    sums. A value's source is the last computing operator that it is made from, broadcast operands aside. A bridge is a
+    convolution whose own source is a convolution, and the linears whose source it is and from which attention's product
+    is reached before any convolution, or the convolutions that make its operands themselves (q, k, v as 1×1
+    convolutions).
 
     That is what the paper's list for MobileViT-S names by index ([17, 18, 36, 37, 67, 68]: `conv_1x1` and the first
     `qkv` of each block); of EfficientFormer-L1 it names the way into the last stage, which is no such place.
@@ -64,16 +66,23 @@ def _no_stage(convolution: Node, sources: Mapping[Node, Node]) -> str:
 
 
 def _sources(graph: Graph) -> dict[Node, Node]:
-    """Of each value that has one, the last computing operator that it is made from."""
+    """Of each value that has one, its source; of several operands those of the result's shape tell it."""
     order: dict[Node, int] = {}
     sources: dict[Node, Node] = {}
     for index, node in enumerate(graph.calls):
         order[node] = index
         if node.target in COMPUTING:
             sources[node] = node
-        elif made := [sources[operand] for operand in node.all_input_nodes if operand in sources]:
-            sources[node] = max(made, key=order.__getitem__)
+        elif made := [operand for operand in node.all_input_nodes if operand in sources]:
+            # Embeddings and gates are broadcast along the stream that they join.
+            whole = [operand for operand in made if _shape(operand) == _shape(node)]
+            sources[node] = max((sources[operand] for operand in whole or made), key=order.__getitem__)
     return sources
+
+
+def _shape(node: Node) -> object:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _leading(graph: Graph, through: frozenset[object]) -> set[Node]:
