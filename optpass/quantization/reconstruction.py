@@ -45,6 +45,10 @@ class Sample:
     importance: Tensor | None = None
 
 
+Candidates = tuple[Tensor | None, Sequence[Quantizer]]
+"""Quantisers of an input that is multiplied by a factor, or is not."""
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """What was chosen, and the error ``before`` and ``after``; the unit is the objective's."""
@@ -165,9 +169,11 @@ def reconstruct(
     return Reconstruction(setting, before, _total(operator, setting, samples))
 
 
-def _total(operator: QuantizedOperator, setting: Setting, samples: Sequence[Sample]) -> float:
+def _total(
+    operator: QuantizedOperator, setting: Setting, samples: Sequence[Sample], weight: Tensor | None = None
+) -> float:
     values = [quantized(sample.value, setting) for sample in samples]
-    return float(operator.errors(values, operator.weight(setting), samples).sum())
+    return float(operator.errors(values, operator.weight(setting) if weight is None else weight, samples).sum())
 
 
 def _weight_chosen(operator: QuantizedOperator, setting: Setting, samples: Sequence[Sample]) -> Setting:
@@ -186,26 +192,29 @@ def _weight_chosen(operator: QuantizedOperator, setting: Setting, samples: Seque
 
 
 def _input_chosen(
-    operator: QuantizedOperator, setting: Setting, samples: Sequence[Sample], candidates: Sequence[Setting]
+    operator: QuantizedOperator, setting: Setting, samples: Sequence[Sample], candidates: Sequence[Candidates]
 ) -> Setting:
     best, least = setting, _total(operator, setting, samples)
-    for candidate in candidates:
-        tried = replace(candidate, multiples=setting.multiples)
-        if (found := _total(operator, tried, samples)) < least:
-            best, least = tried, found
+    for factor, quantizers in candidates:
+        weight = operator.weight(replace(setting, factor=factor))
+        for quantizer in quantizers:
+            tried = Setting(quantizer, setting.multiples, factor)
+            if (found := _total(operator, tried, samples, weight)) < least:
+                best, least = tried, found
     return best
 
 
-def _candidates(samples: Sequence[Sample], start: Setting, form: QuantizationForm, channels: bool) -> Iterator[Setting]:
-    """Settings of the input: of every granularity and scheme that is open, at every multiple of its step."""
+def _candidates(
+    samples: Sequence[Sample], start: Setting, form: QuantizationForm, channels: bool
+) -> Iterator[Candidates]:
+    """What is open for the input: factors, and for each the quantisers of every scheme at every multiple."""
     factors = [start.factor]
     if channels and (factor := _equalising(samples)) is not None:
         factors.append(factor)
     for factor in factors:
         values = [sample.value if factor is None else sample.value * factor for sample in samples]
         least, greatest = (min(float(value.min()) for value in values), max(float(value.max()) for value in values))
-        for quantizer in _quantizers(min(least, 0.0), max(greatest, 0.0), form):
-            yield Setting(quantizer, factor=factor)
+        yield factor, list(_quantizers(min(least, 0.0), max(greatest, 0.0), form))
 
 
 def _quantizers(least: float, greatest: float, form: QuantizationForm) -> Iterator[Quantizer]:
