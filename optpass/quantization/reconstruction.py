@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +21,8 @@ from optpass.quantization.placement import CONVOLUTIONS, LINEARS
 MULTIPLES = tuple(0.01 + index * (1.2 - 0.01) / 100 for index in range(101))
 """Of the step that extremes alone would give."""
 ROUNDS = 3
-JOINED = 1 << 24
-"""Elements of what several calls' inputs are joined to: one execution for all, as long as that is no larger."""
+JOINED = 1 << 19
+"""Elements of what calls' inputs are joined to: fewer executions, and still many places to give a candidate up at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,15 +103,26 @@ class QuantizedOperator:
         zeros = torch.zeros_like(steps, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(weight, steps, zeros, self._axis, low, high)
 
-    def errors(self, values: Sequence[Tensor], weight: Tensor, samples: Sequence[Sample]) -> Tensor:
-        """[out], float64: of each output channel the sum of (importance · difference)², with quantised ``values``."""
+    def errors(
+        self,
+        values: Iterable[Tensor],
+        weight: Tensor,
+        samples: Sequence[Sample],
+        given_up: Callable[[Tensor], bool] = lambda errors: False,
+    ) -> Tensor:
+        """[out], float64: of each output channel the sum of (importance · difference)², with quantised ``values``.
+
+        Of the first samples alone, once ``given_up`` holds for their sum.
+        """
         total = torch.zeros(self.channels, dtype=torch.float64)
-        for value, sample in zip(values, samples, strict=True):
+        for value, sample in zip(values, samples, strict=False):
             difference = self.apply(value, weight) - sample.target
             if sample.importance is not None:
                 difference *= sample.importance
             channels = difference.movedim(self.output_axis, 0).flatten(1)
             total += channels.square().sum(1).double()
+            if given_up(total):
+                break
         return total
 
     def corrected_bias(self, samples: Sequence[Sample], setting: Setting) -> Tensor:
@@ -156,7 +169,7 @@ def reconstruct(
     of it, are left as they are.
     """
     samples = list(_joined(samples))
-    setting, before = start, _total(operator, start, samples)
+    setting, before = start, _total(operator, start, samples, operator.weight(start))
     channels = of_weight and operator.is_depthwise and start.factor is None and not form.everything
     candidates = list(_candidates(samples, start, form, channels))
     for _ in range(ROUNDS):
@@ -166,14 +179,15 @@ def reconstruct(
         setting = _input_chosen(operator, setting, samples, candidates)
         if setting is last:
             break
-    return Reconstruction(setting, before, _total(operator, setting, samples))
+    return Reconstruction(setting, before, _total(operator, setting, samples, operator.weight(setting)))
 
 
 def _total(
-    operator: QuantizedOperator, setting: Setting, samples: Sequence[Sample], weight: Tensor | None = None
+    operator: QuantizedOperator, setting: Setting, samples: Sequence[Sample], weight: Tensor, bound: float = math.inf
 ) -> float:
-    values = [quantized(sample.value, setting) for sample in samples]
-    return float(operator.errors(values, operator.weight(setting) if weight is None else weight, samples).sum())
+    """The error of all output channels, exact where it is less than ``bound``."""
+    values = (quantized(sample.value, setting) for sample in samples)
+    return float(operator.errors(values, weight, samples, lambda errors: float(errors.sum()) >= bound).sum())
 
 
 def _weight_chosen(operator: QuantizedOperator, setting: Setting, samples: Sequence[Sample]) -> Setting:
@@ -183,7 +197,8 @@ def _weight_chosen(operator: QuantizedOperator, setting: Setting, samples: Seque
     improved = False
     for multiple in MULTIPLES:
         tried = replace(setting, multiples=torch.full((operator.channels,), multiple))
-        found = operator.errors(values, operator.weight(tried), samples)
+        worse = partial(_nowhere_less, least)
+        found = operator.errors(values, operator.weight(tried), samples, worse)
         better = found < least
         multiples[better] = multiple
         least = torch.minimum(least, found)
@@ -191,15 +206,19 @@ def _weight_chosen(operator: QuantizedOperator, setting: Setting, samples: Seque
     return replace(setting, multiples=multiples) if improved else setting
 
 
+def _nowhere_less(least: Tensor, errors: Tensor) -> bool:
+    return bool((errors >= least).all())
+
+
 def _input_chosen(
     operator: QuantizedOperator, setting: Setting, samples: Sequence[Sample], candidates: Sequence[Candidates]
 ) -> Setting:
-    best, least = setting, _total(operator, setting, samples)
+    best, least = setting, _total(operator, setting, samples, operator.weight(setting))
     for factor, quantizers in candidates:
         weight = operator.weight(replace(setting, factor=factor))
         for quantizer in quantizers:
             tried = Setting(quantizer, setting.multiples, factor)
-            if (found := _total(operator, tried, samples, weight)) < least:
+            if (found := _total(operator, tried, samples, weight, least)) < least:
                 best, least = tried, found
     return best
 
