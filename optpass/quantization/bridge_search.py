@@ -35,16 +35,17 @@ class Searched:
     found: Reconstruction
 
     def as_json(self) -> dict[str, Any]:
-        setting = self.found.setting
+        setting, quantizer = self.found.setting, self.found.setting.quantizer
         multiples = torch.ones(1) if setting.multiples is None else setting.multiples
-        low, _, high = (float(multiples.quantile(share)) for share in (0, 0.5, 1))
+        around_zero = quantizer.zero_point == (quantizer.low + quantizer.high + 1) // 2
         return {
             "entry": self.entry,
             "path": path_of(self.operator),
             "granularity": "tensor" if setting.factor is None else "channel",
-            "scale": setting.quantizer.scale,
-            "zero_point": setting.quantizer.zero_point,
-            "weight_multiples": [low, float(multiples.median()), high],
+            "scheme": "symmetric" if around_zero else "asymmetric",
+            "scale": quantizer.scale,
+            "zero_point": quantizer.zero_point,
+            "weight_multiples": [float(each) for each in (multiples.min(), multiples.median(), multiples.max())],
             "error": {"before": self.found.before, "after": self.found.after},
         }
 
@@ -86,10 +87,12 @@ def search_bridges(
 
     Executes each call once for the real model, once more with gradients, and once up to the last operator.
 
-    Source: Q-HyViT (arXiv 2303.12557); multiples, rounds, granularity by groups and the divergence as in its code. Here
-    the real ranges' own step is a candidate too; gradients are taken once, at the calibrated ranges; a scheme is chosen
-    where the target's form leaves one; weights always have a step for each output channel; a channel's own step is one
-    step and a factor before it, which is exact for depthwise convolutions. Ranges hold 0, so no zero point overflows.
+    Source: Q-HyViT (arXiv 2303.12557); multiples, rounds, scales, divergence and order are those of its code, where the
+    paper leaves them open. Deviations: the calibrated setting is a candidate too, so no error grows; gradients are
+    taken once, with calibrated ranges; outputs that are no class scores have a loss; the scheme is chosen where the
+    target's form leaves a choice; weights always have a step for each output channel, in −127…127; a depthwise
+    convolution's own step for each input channel is chosen by error (not taken always) and made of one step and a
+    factor before it, which is exact; products of activations are not searched. Ranges hold 0: no zero point overflows.
 
     Raises:
         MissingValuesError: the Program was captured structure-only.
