@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -156,13 +157,13 @@ class _Entry:
         def choose(node: Node, values: list[Values]) -> list[Tensor]:
             operator, start = self.starts[node.name]
             inputs = [known[operator.source.name] for known in values]
-            weighing = importances(errors, node.name) if errors else [None] * len(inputs)
-            setting = start
-            if weighing is None:
+            targets = [found.pop(node.name) for found, _ in references]
+            weighing = importances(errors, node.name)
+            if errors and weighing is None and operator.weight_name not in self.settled:
                 self.declined.append((node, "bridge search: its error moves no output"))
+                self.settled[operator.weight_name] = setting = start
             else:
-                targets = [found.pop(node.name) for found, _ in references]
-                samples = list(map(Sample, inputs, targets, weighing))
+                samples = list(map(Sample, inputs, targets, weighing or repeat(None)))
                 setting = self._choose(operator, start, samples)
             return [operator(value, setting) for value in inputs]
 
@@ -170,12 +171,11 @@ class _Entry:
             side_by_side(self.graph, self.weights, self.calls, dict.fromkeys(self.starts, choose))
 
     def _choose(self, operator: QuantizedOperator, start: Setting, samples: Sequence[Sample]) -> Setting:
-        node, weight = operator.node, str(operator.node.all_input_nodes[1].target)
-        before = self.settled.get(weight)
+        node, before = operator.node, self.settled.get(operator.weight_name)
         if before is not None:
             start = replace(start, multiples=before.multiples, factor=before.factor)
         found = reconstruct(operator, samples, start, self.form, of_weight=before is None)
-        self.settled[weight] = found.setting
+        self.settled.setdefault(operator.weight_name, found.setting)
         self.found[node.name] = found
         if self.correct_biases and len(node.args) > 2 and isinstance(node.args[2], Node):
             self.biases[node.name] = operator.corrected_bias(samples, found.setting)

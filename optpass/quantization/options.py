@@ -184,7 +184,7 @@ class QuantizingPass(Pass):
             context.settle(bridge=paths)
             return search.quantization
         for searched in search.searched:
-            why = f"bridge search: outputs have {after:.1f} dB with it and {before:.1f} dB without"
+            why = f"bridge search: outputs have {after:.2f} dB with it and {before:.2f} dB without"
             context.decline(searched.operator, why, searched.entry)
         context.settle(search="none", bridge=())
         return quantization

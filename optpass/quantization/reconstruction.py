@@ -21,7 +21,7 @@ from optpass.quantization.placement import CONVOLUTIONS, LINEARS
 MULTIPLES = tuple(0.01 + index * (1.2 - 0.01) / 100 for index in range(101))
 """Of the step that extremes alone would give."""
 ROUNDS = 3
-JOINED = 1 << 19
+JOINED = 1 << 16
 """Elements of what calls' inputs are joined to: fewer executions, and still many places to give a candidate up at."""
 
 
@@ -74,6 +74,13 @@ class QuantizedOperator:
         value = self.node.args[0]
         assert isinstance(value, Node)
         return value
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the weight in the store."""
+        weight = self.node.args[1]
+        assert isinstance(weight, Node)
+        return str(weight.target)
 
     @property
     def channels(self) -> int:

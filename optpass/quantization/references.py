@@ -81,7 +81,8 @@ def divergence(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> T
 
 
 def importances(found: Sequence[Mapping[str, Tensor]], name: str) -> list[Tensor] | None:
-    """The gradients of one operator over calls, of mean square 1; ``None`` where all are 0."""
+    """The gradients of one operator over calls, of mean square 1; ``None`` where all are 0, or there are none."""
     values = [gradient[name] for gradient in found]
-    power = sum(float(value.double().square().sum()) for value in values) / sum(value.numel() for value in values)
-    return [value / power**0.5 for value in values] if power else None
+    power = sum(float(value.double().square().sum()) for value in values)
+    root = (power / max(1, sum(value.numel() for value in values))) ** 0.5
+    return [value / root for value in values] if power else None
