@@ -31,12 +31,15 @@ class Quantize(QuantizingPass):
     generates (all timesteps, seeded), a dataset or folder (`data`), or, where there is neither, random inputs, which
     the report says. The set's hash goes into the lock; a given set that has changed since is refused.
 
+    `search` chooses the steps of bridge blocks, where convolutions hand over to attention (or of `bridge`), by the
+    error that they add to their outputs. It is kept if outputs of calls that it did not see are no worse.
+
     Leaves alone: what `match` leaves out or `keep` and `keep_facts` name, with that reason; norms, softmax and
     everything else without weights stays real by itself. Transposed convolutions of several groups. Batch norms must
     have been folded (`reparameterize`), or their convolutions would be quantised with other weights than run.
 
     Source: NNCF 3.4's post-training quantisation, through its torch.fx interface; SmoothQuant (arXiv 2211.10438);
-    weight-only groups as in its `compress_weights`.
+    weight-only groups as in its `compress_weights`; bridge blocks: Q-HyViT (arXiv 2303.12557).
     """
 
     scheme: Literal["int8", "w8", "w4", "fp16", "bf16"] = Field(  # type: ignore[assignment]

@@ -34,3 +34,27 @@ class Attention(nn.Module):
         x = self.enter(x) + self.time(timestep[:, None])[:, None]
         weights = torch.softmax(self.q(x) @ self.k(x).transpose(-1, -2), -1)
         return self.leave(torch.tanh(self.out(weights @ self.v(x))))
+
+
+class Hybrid(nn.Module):
+    """A convolutional stage whose last convolution, ``bridge``, makes an attention's tokens. Input [2, 3, 8, 8].
+
+    ``skewed``: the bridge is depthwise, and the channels that it reads differ in size by orders of magnitude.
+    """
+
+    def __init__(self, skewed=False):
+        super().__init__()
+        self.skewed = skewed
+        self.stem, self.local = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.bridge = nn.Conv2d(16, 16, 3, padding=1, groups=16) if skewed else nn.Conv2d(16, 16, 1)
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = nn.functional.silu(self.local(torch.relu(self.stem(x))))
+        if self.skewed:
+            x = x * torch.logspace(-2, 1, 16).reshape(-1, 1, 1)
+        tokens = self.bridge(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(tokens)).reshape(*tokens.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4).unbind()
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head((tokens + self.out(attended)).mean(1))

@@ -43,7 +43,7 @@ class Insertion:
     scheme: WeightScheme = CHANNELS
 
     def insert(self, placement: Placement, ranges: Ranges) -> None:
-        """Quantisers of activations, integer weights, smoothing factors and corrected biases."""
+        """Quantisers of activations, integer weights and their steps, smoothing factors and corrected biases."""
         for weight in placement.weights:
             self._correct(weight, ranges)
             self._quantize_weight(weight, ranges)
@@ -86,10 +86,12 @@ class Insertion:
         name, node, scheme = str(weight.read.target), weight.operator, self.scheme
         expression = self.weights[name]
         if (factor := ranges.factors.get(node.name)) is not None:
-            expression = Einsum("oi,i->oi", (expression, Constant(1 / factor)))
+            expression = _smoothed(expression, factor)
         low, high = scheme.bounds
         groups = expression.shape[1] // scheme.group_size if scheme.group_size else 0
-        scale = Steps(expression, weight.axis, low, high, scheme.symmetric, groups)
+        scale: Expression = Steps(expression, weight.axis, low, high, scheme.symmetric, groups)
+        if (multiples := ranges.multiples.get(node.name)) is not None:
+            scale = Einsum("o,o->o", (scale, Constant(multiples)))
         zero = None if scheme.symmetric else ZeroPoints(expression, weight.axis, low, high, groups)
         integers = Quantized(expression, scale, zero, weight.axis, low, high, scheme.dtype)
         with self.graph.before(node):
@@ -134,6 +136,15 @@ class Insertion:
             taken = f"{name}_{count}"
         self.made[taken] = self.made.get(taken, expression)
         return self.graph.weight(taken, self.made[taken], like=like)
+
+
+def _smoothed(weight: Expression, factor: Tensor) -> Expression:
+    """The weight of a linear or depthwise convolution whose input is multiplied by ``factor``."""
+    if len(weight.shape) == 2:
+        return Einsum("oi,i->oi", (weight, Constant(1 / factor)))
+    axes = "oabcd"[: len(weight.shape)]
+    each = (1 / factor).flatten().repeat_interleave(weight.shape[0] // factor.numel())
+    return Einsum(f"{axes},o->{axes}", (weight, Constant(each)))
 
 
 def _weight_name(operator: Node) -> str:

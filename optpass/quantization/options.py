@@ -15,12 +15,14 @@ from optpass.ir.program import Program
 from optpass.ir.quantized import DEQUANTIZERS
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context, Pass
+from optpass.quantization.bridge_search import Objective, bridge_paths, search_bridges
+from optpass.quantization.bridges import bridges
 from optpass.quantization.form import CHANNELS, FORMS, PORTABLE, QuantizationForm, WeightScheme
 from optpass.quantization.placement import Reason, weighted
 from optpass.quantization.program import Quantization
 from optpass.quantization.ranges import Correction, Estimator, Method
 from optpass.quantization.scopes import Fact, facts, left_alone, unmatched
-from optpass.quantization.sensitivity import noise_of
+from optpass.quantization.sensitivity import noise_of, outputs_noise, outputs_of
 from optpass.runtime.sampling import LABELS, Asked
 
 Scheme = Literal["int8", "w8", "w4"]
@@ -59,15 +61,25 @@ class QuantizingPass(Pass):
     )
     bias_correction: Correction = Field("none", description="shift biases by what quantisation adds to the mean")
     smooth: bool = Field(False, description="SmoothQuant: outliers of activations move into the weights")
+    search: Literal["none"] | Objective = Field(
+        "none",
+        description="Q-HyViT: choose the steps of bridge blocks by what they add to their outputs, weighted or not",
+    )
+    bridge: tuple[str, ...] = Field(
+        (), description="search: patterns of module paths that are bridge blocks; found by structure by default"
+    )
     calibration: str | None = Field(None, description="the calibration set's SHA-256, as an earlier run settled it")
 
     contract = approximate()
     executes = True
     needs = "calibration samples"
-    of_activations: ClassVar[tuple[str, ...]] = ("form", "estimator", "bias_correction", "smooth")
+    of_activations: ClassVar[tuple[str, ...]] = (
+        *("form", "estimator", "bias_correction", "smooth"),
+        *("search", "bridge"),
+    )
     """Options that say nothing where weights alone are integers."""
 
-    @field_validator("match", "keep", "keep_facts", mode="before")
+    @field_validator("match", "keep", "keep_facts", "bridge", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -78,13 +90,15 @@ class QuantizingPass(Pass):
         for name in (*of_weights, *(() if self.scheme == "int8" else self.of_activations)):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name!r} says nothing of scheme {self.scheme!r}")
+        if self.bridge and self.search == "none":
+            raise ValueError("'bridge' says where to search, and there is no 'search'")
         if self.group_size == 1:
             raise ValueError("group_size: 1 is a scale for every weight; 0 is a whole row")
         return self
 
     def requires(self, program: Program) -> list[str]:
         graphs = program.entries.values()
-        missing = unmatched(graphs, (*self.match, *self.keep))
+        missing = unmatched(graphs, (*self.match, *self.keep, *self.bridge))
         found = [
             f"{pattern!r} matches nothing to quantise{nearest_paths(pattern, p)}" for pattern, p in missing.items()
         ]
@@ -138,7 +152,54 @@ class QuantizingPass(Pass):
         if len(names) > 1:
             context.settle(estimator=best)
             context.facts["estimators"] = {name: snr for name, (snr, _) in found.items()}
-        return found[best][1]
+        return self._searched(program, found[best][1], calls, context)
+
+    def _searched(
+        self, program: Program, quantization: Quantization, calls: CalibrationSet, context: Context
+    ) -> Quantization:
+        """``quantization`` with the bridge blocks' integers searched, if outputs of calls that it did not see allow."""
+        if self.search == "none":
+            return quantization
+        seen, held = calls.split(TRIALS)
+        paths = self.bridge or bridge_paths(program)
+        correct = self.bias_correction != "none"
+        search = search_bridges(program, quantization, seen.entries, paths, self.search, correct_biases=correct)
+        for entry, node, why in search.declined:
+            context.decline(node, why, entry)
+        if not search.searched:
+            if not search.declined:
+                self._nothing_to_search(program, context)
+            return quantization
+        expected = outputs_of(program, held.entries)
+        before, after = (
+            outputs_noise(expected, outputs_of(found.applied(program), held.entries)).snr
+            for found in (quantization, search.quantization)
+        )
+        context.facts["bridge_search"] = {
+            "snr": {"before": before, "after": after},
+            "kept": after >= before,
+            "operators": [searched.as_json() for searched in search.searched],
+        }
+        if after >= before:
+            context.settle(bridge=paths)
+            return search.quantization
+        for searched in search.searched:
+            why = f"bridge search: outputs have {after:.2f} dB with it and {before:.2f} dB without"
+            context.decline(searched.operator, why, searched.entry)
+        context.settle(search="none", bridge=())
+        return quantization
+
+    def _nothing_to_search(self, program: Program, context: Context) -> None:
+        for name, graph in program.entries.items():
+            found = bridges(graph)
+            if self.bridge or found.operators:
+                what = "nothing under 'bridge' reads integers" if self.bridge else "its bridge blocks stay real"
+                context.decline("(root)", f"bridge search: {what}", name)
+                continue
+            for node, why in found.declined:
+                context.decline(node, f"bridge search: {why}", name)
+            if not found.declined:
+                context.decline("(root)", "bridge search: no convolutional stage leads to attention", name)
 
     def calls_of(self, program: Program, count: int) -> CalibrationSet:
         """``count`` calls of every entry, from what the options name."""

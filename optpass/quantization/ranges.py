@@ -50,11 +50,13 @@ class Ranges:
     """What was found, by names of nodes of the graph that was asked about.
 
     ``activations``: the quantiser of each edge, by value and reader. ``factors``: what a linear's input is multiplied
-    by, [in], and its weight's columns divided by. ``biases``: corrected biases.
+    by, [in], and its weight's columns divided by; a depthwise convolution's is [in, 1…]. ``multiples``: of the steps of
+    an operator's weight, [out]. ``biases``: corrected biases.
     """
 
     activations: dict[tuple[str, str], Quantizer] = field(default_factory=dict)
     factors: dict[str, Tensor] = field(default_factory=dict)
+    multiples: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
 
     def symmetric(self) -> Ranges:

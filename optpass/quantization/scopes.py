@@ -10,11 +10,13 @@ from torch.fx import Node
 from optpass.analysis.module_paths import matches
 from optpass.analysis.operators import is_view
 from optpass.ir.graph import Graph, path_of, shape_of
+from optpass.quantization.bridges import bridges
 from optpass.quantization.placement import PRODUCTS, SOFTMAX_PRODUCTS, weighted
 
-Fact = Literal["first", "last", "embedding", "attention", "products"]
+Fact = Literal["first", "last", "embedding", "attention", "products", "bridge"]
 """``first``: reads an input of the model; ``last``: gives an output; ``embedding``: computed from inputs of at most one
-dimension (timesteps, classes); ``attention``: projects to or from attention's products; ``products``: these themselves.
+dimension (timesteps, classes); ``attention``: projects to or from attention's products; ``products``: these themselves;
+``bridge``: where a convolutional stage hands over to attention.
 """
 
 
@@ -27,6 +29,7 @@ def facts(graph: Graph) -> dict[Node, set[Fact]]:
         ("first", _beyond(graph.placeholders, down=True)),
         ("last", _beyond([graph.output_node], down=False)),
         ("embedding", _embedded(graph)),
+        ("bridge", bridges(graph).operators),
         ("attention", [*_beyond(products, down=False), *_beyond(products, down=True)]),
     ):
         for node in nodes:

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node, map_arg
+from torch.fx import Node
 
 from optpass.ir.graph import Graph, example_shape
+from optpass.quantization.execution import Values, bound, call, last_reads
 
-Values = dict[str, Any]
-"""What nodes gave, by their names."""
 KEPT = 2 << 30
 """Bytes of one execution's values that are kept for later ones; where there are more, each begins at the inputs."""
 
@@ -36,7 +35,7 @@ class SwitchedGraph:
         self._integers = dict(_integer_forms(graph, quantised))
         self._constants = self._made_once(weights)
         size = sum(_nbytes(node) for node in self._nodes if node.op == "call_function")
-        self._last_reads = {} if size <= KEPT else _last_reads(self._nodes)
+        self._last_reads = {} if size <= KEPT else last_reads(self._nodes)
 
     @property
     def operators(self) -> list[Node]:
@@ -77,16 +76,15 @@ class SwitchedGraph:
     def _arguments(self, node: Node, values: Values, active: Collection[str]) -> tuple[Any, Any]:
         """What ``node`` is called with: as it stands, or, where it is active, through its quantisers."""
         if node.name not in active:
-            return _bound(node, values)
+            return bound(node, values)
         form, *making = reversed(self._integers[node.name])
         made: Values = {}
         for step in reversed(making):
             if step.name in self._constants:
                 made[step.name] = self._constants[step.name]
                 continue
-            arguments, keywords = _bound(step, values, made)
-            made[step.name] = step.target(*arguments, **keywords)  # type: ignore[operator]
-        return _bound(form, values, made)
+            made[step.name] = call(step, values, made)
+        return bound(form, values, made)
 
     def _made_once(self, weights: Mapping[str, Tensor]) -> Values:
         """What quantised operators read that depends on weights alone."""
@@ -96,8 +94,7 @@ class SwitchedGraph:
                 if step.op == "get_attr":
                     found[step.name] = weights[str(step.target)]
                 elif all(operand.name in found for operand in step.all_input_nodes):
-                    arguments, keywords = _bound(step, found)
-                    found[step.name] = step.target(*arguments, **keywords)  # type: ignore[operator]
+                    found[step.name] = call(step, found)
         return found
 
 
@@ -119,15 +116,6 @@ def _integer_forms(graph: Graph, quantised: Graph) -> Iterator[tuple[str, list[N
             yield node.name, [*sorted(made, key=order.__getitem__), node]
 
 
-def _bound(node: Node, *values: Values) -> tuple[Any, Any]:
-    """Arguments and keywords with tensors in place of nodes."""
-
-    def value(operand: Node) -> Any:
-        return next(known[operand.name] for known in reversed(values) if operand.name in known)
-
-    return map_arg(node.args, value), map_arg(node.kwargs, value)
-
-
 def _after(nodes: Iterable[Node]) -> set[Node]:
     """``nodes`` and all that depends on them."""
     found: set[Node] = set()
@@ -137,16 +125,6 @@ def _after(nodes: Iterable[Node]) -> set[Node]:
         if node not in found:
             found.add(node)
             pending += node.users
-    return found
-
-
-def _last_reads(nodes: Iterable[Node]) -> dict[Node, list[str]]:
-    """By operator, the values that nothing reads after it."""
-    last = {operand: node for node in nodes for operand in node.all_input_nodes}
-    found: dict[Node, list[str]] = {}
-    for operand, node in last.items():
-        if operand.op == "call_function" and node.op == "call_function":
-            found.setdefault(node, []).append(operand.name)
     return found
 
 
