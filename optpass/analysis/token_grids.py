@@ -88,10 +88,12 @@ def tokens_of(axes: Axes, dimension: Structure, batch: Iterable[Structure]) -> T
 def _named(axes: Axes, structure: Structure) -> dict[str, Any]:
     """The sizes of ``structure``'s factors by their names.
 
-    A factor has the names of all that it was ever computed with (a table of rotary positions has those of every
-    axis): those by which another factor alone is called are not its own.
+    A factor has the names of all that it was ever computed with. Of a grid's it has those alone ("tokens" is what a
+    kept state is called by its shape), and of these not the ones by which another factor alone is called (a table of
+    rotary positions has those of every axis).
     """
     pairs = [(factor.size, axes.names(factor)) for factor in factors(structure)]
+    pairs = [(size, names & GRID or names) for size, names in pairs]
     alone = frozenset[str]().union(*(names for _, names in pairs if len(names) == 1))
     found: dict[str, Any] = {}
     for size, names in pairs:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from denoisers import denoiser
+from denoisers import denoiser, sampled
 from torch import nn
 from torch.nn import functional
 
@@ -17,6 +17,7 @@ from optpass.evaluate.difference import outputs_difference, program_runner
 from optpass.ir.program import Origin, Program
 from optpass.ir.text import graph_text
 from optpass.ir.weights import Absent, Constant, WeightStore
+from optpass.passes.cache_blocks import CacheBlocks
 from optpass.passes.reuse_attention import ReuseAttention
 from optpass.passes.simplify import Simplify
 from optpass.pipeline.manager import run_pass
@@ -341,15 +342,30 @@ def test_in_denoisers():
     ]
 
 
-def test_open_batch(capture_shared):
-    program = capture_shared(partial(Vit, 4), {"image": ("batch", 3, 6, 4)}, {"batch": Span(1, 9)})
+def test_open_sizes(capture_shared):
+    """One graph for every batch and grid gives what the graphs of two sizes give."""
+    spans = {"batch": Span(1, 9), "height": Span(4, 16), "width": Span(4, 16)}
+    program = capture_shared(partial(Vit, 4), {"image": ("batch", 3, "height", "width")}, spans)
     after, record = reused(program, layers=[1, 2])
-    assert len(record.sites) == 2
+    assert list(record.sites) == ["layers.1.attn", "layers.2.attn"]
     run = program_runner(after, "full")
-    images = torch.randn(3, 3, 6, 4)
-    [together] = run({"image": images}).values()
-    [alone] = run({"image": images[1:2]}).values()
-    torch.testing.assert_close(together[1:2], alone)
+    for shape in ((3, 3, 6, 4), (1, 3, 8, 12)):
+        image = torch.randn(shape)
+        fixed, _ = reused(capture_shared(partial(Vit, 4), {"image": shape}, {}), layers=[1, 2])
+        found, expected = run({"image": image}), program_runner(fixed, "full")({"image": image})
+        assert outputs_difference(found, expected).relative_error <= 1e-5
+
+
+def test_entries_that_share_weights_share_new_ones(tmp_path):
+    """The first four blocks run in the step that keeps the others and in the one that reuses them."""
+    program, _ = sampled("DiT-XL/2", tmp_path, layers=6)
+    program, _ = run_pass(program, Step("cache-blocks", CacheBlocks(every=2, head=4)))
+    after, record = reused(program)
+    sites = [f"transformer_blocks.{number}.attn1" for number in (1, 2, 3)]
+    others = [entry for entry in after.entries if entry != "full"]
+    assert list(record.sites) == [*sites, *(f"{entry}:{site}" for entry in others for site in sites)]
+    assert len(after.untrained) == 7 * len(sites)
+    assert all(after.untrained <= set(graph.weight_names) for graph in after.entries.values())
 
 
 # Parameters in millions and 10⁹ MACs: of the released code, counted in the paper's terms.
