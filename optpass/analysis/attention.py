@@ -33,6 +33,8 @@ NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_no
 JOINING = frozenset({*CATS, aten.stack.default, aten.slice_scatter.default})
 POOLS = frozenset({aten.max_pool2d.default, aten.avg_pool2d.default})
 CARRIERS = POINTWISE_UNARY | POINTWISE_BINARY | MASKING | NORMS | JOINING | POOLS
+PASSED = POINTWISE_UNARY | NORMS | {*CATS, aten.mul.Tensor}
+"""What may stand between a result and its projection."""
 MOST_PROJECTIONS = 8
 """Layers behind one operand beyond which nobody calls them its projections."""
 
@@ -185,9 +187,9 @@ class _Describer:
     def _is_self(self, core: Core, projections: Projections, into: Sequence[Residual]) -> bool:
         if core.key.node is core.query.node:
             return True
-        sources = [{layer.all_input_nodes[0] for layer in layers} for layers in (projections.query, projections.key)]
         if into:
             return any(core.key.node in residual.nodes or core.key.node is residual.root for residual in into)
+        sources = [{layer.all_input_nodes[0] for layer in layers} for layers in (projections.query, projections.key)]
         return bool(sources[0]) and sources[0] == sources[1]
 
     def _heads(self, core: Core) -> int:
@@ -235,7 +237,7 @@ def _layers_behind(graph: Graph, additions: Residuals) -> Mapping[Node, tuple[No
 
 
 def _layers_after(result: Node) -> tuple[Node, ...]:
-    """The layers that read ``result``, past views, casts, activations and concatenations."""
+    """The layers that read ``result``, past views, casts, activations, gates and concatenations."""
     found: dict[Node, None] = {}
     pending, seen = [result], {result}
     while pending:
@@ -245,14 +247,9 @@ def _layers_after(result: Node) -> tuple[Node, ...]:
             seen.add(user)
             if user.target in LAYERS:
                 found[user] = None
-            elif is_view(user) or user.target in CATS or user.target in POINTWISE_UNARY or _is_gated(user):
+            elif is_view(user) or user.target in PASSED:
                 pending.append(user)
     return tuple(sorted(found))
-
-
-def _is_gated(node: Node) -> bool:
-    """Whether ``node`` is a product, as with a gate."""
-    return node.target is aten.mul.Tensor
 
 
 def _places(found: Iterable[Stack]) -> dict[Residual, tuple[Stack, int]]:

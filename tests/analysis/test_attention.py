@@ -227,6 +227,18 @@ def test_spellings(spelling, capture_module) -> None:
         assert (shape[operand.tokens], shape[operand.channels]) == (size, 4)
 
 
+def test_heads_that_share_keys(capture_module) -> None:
+    class Grouped(nn.Module):
+        def forward(self, q, k, v):
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    keys = torch.zeros(2, 2, 5, 4)
+    program, _ = capture_module(Grouped, q=torch.zeros(2, 6, 5, 4), k=keys, v=keys.clone())
+    [found] = attentions(program).found
+    assert (found.heads, found.key_heads, found.core.is_causal, found.layer) == (6, 2, True, None)
+    assert vars(found.projections) == {"query": (), "key": (), "value": (), "output": ()}
+
+
 def test_a_classifier_over_two_activations_is_no_attention(capture_module) -> None:
     class Similar(nn.Module):
         def forward(self, x, y):
