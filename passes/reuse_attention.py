@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from optpass.ir.program import Program
 from optpass.ir.weights import Constant, Expression, WeightStore
 from optpass.pipeline.contract import Contract, approximate, retrain
 from optpass.pipeline.passes import Context, Pass
+from optpass.rewrite.naming import WeightNames
 from optpass.rewrite.reused_attention import Grid, PhiWriter, Reused, Start, taken_apart
 
 FIRST, LAST = 0.25, 0.75
@@ -60,33 +62,34 @@ class ReuseAttention(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         found = attentions(program)
-        chosen = self._chosen(found, context)
-        rewriter = _Rewriter(self, program.weights, context)
+        keys = _keys(found)
+        chosen = {keys[each] for each in self._chosen(found, context)}
+        rewriter = _Rewriter(self, program.weights, context, WeightNames(program))
         for entry, graph in program.entries.items():
-            for row in found.rows:
-                if row[0].entry == entry:
-                    rewriter.rewrite(graph, row, chosen)
+            for row in _rows(found, entry):
+                rewriter.rewrite(graph, row, {each: keys[each] for each in row if keys[each] in chosen})
             graph.remove_dead_code()
         return program.with_untrained(rewriter.made).pruned()
 
-    def _chosen(self, found: Attentions, context: Context) -> set[str]:
-        """The paths of the attentions that are to go, by the entry that has most of them."""
+    def _chosen(self, found: Attentions, context: Context) -> list[Attention]:
+        """The attentions that are to go, of the entry that has most."""
         entries = dict.fromkeys(each.entry for each in found.found)
         entry = max(entries, key=lambda name: len(found.of(name)), default="")
-        paths: set[str] = set()
-        for row in (row for row in found.rows if row[0].entry == entry):
-            if not self.match and (reader := _reused(row)):
-                reason = f"{path_of(reader)} is read by more than its own addition: which layers count is not known"
-                context.decline(row[0].path, f"{reason}; name others with match", entry)
-                return set()
-            paths.update(self._of_row(row, context))
+        rows = _rows(found, entry)
+        if not self.match and (reader := next(filter(None, map(_reused, rows)), None)):
+            reason = f"{path_of(reader)} is read by more than its own addition: which layers count is not known"
+            context.decline(reader, f"{reason}; name others with match", entry)
+            return []
+        for each in found.of(entry):
+            if each.stack is None:
+                context.decline(each.core.result.node, "its result enters no residual stream", entry)
         for pattern in self.match:
-            if not any(matches(each.path, [pattern]) for each in found.found):
-                context.decline(pattern, "no attention of a stack is in such a module")
-        return paths
+            if not any(matches(each.path, [pattern]) for row in rows for each in row):
+                context.decline(pattern, "no attention of a stack is in such a module", entry)
+        return [each for row in rows for each in self._of_row(row, context)]
 
-    def _of_row(self, row: Sequence[Attention], context: Context) -> Iterator[str]:
-        """The paths of the attentions of a stack that the options mean."""
+    def _of_row(self, row: Sequence[Attention], context: Context) -> Iterator[Attention]:
+        """The attentions of a stack that the options mean."""
         depth = len(row)
         middle = range(depth) if self.match else range(max(1, int(depth * FIRST)), int(depth * LAST))
         numbers: Sequence[int] = middle if self.layers is None else self.layers
@@ -96,7 +99,24 @@ class ReuseAttention(Pass):
             if number >= depth:
                 context.decline(row[0].path, f"there is no layer {number} in its stack of {depth}", row[0].entry)
             elif not self.match or matches(row[number].path, self.match):
-                yield row[number].path
+                yield row[number]
+
+
+_Key = tuple[str, int]
+"""An attention in all entries: its path, and its number among those of this path."""
+
+
+def _keys(found: Attentions) -> dict[Attention, _Key]:
+    counts: Counter[tuple[str, str]] = Counter()
+    keys: dict[Attention, _Key] = {}
+    for each in found.found:
+        keys[each] = (each.path, counts[each.entry, each.path])
+        counts[each.entry, each.path] += 1
+    return keys
+
+
+def _rows(found: Attentions, entry: str) -> list[list[Attention]]:
+    return [row for row in found.rows if row[0].entry == entry]
 
 
 @dataclass(frozen=True)
@@ -115,29 +135,37 @@ class _Rewriter:
     options: ReuseAttention
     weights: WeightStore
     context: Context
+    names: WeightNames
     made: dict[str, Expression] = field(default_factory=dict)
+    prefixes: dict[_Key, str] = field(default_factory=dict)
 
-    def rewrite(self, graph: Graph, row: Sequence[Attention], chosen: set[str]) -> None:
+    def rewrite(self, graph: Graph, row: Sequence[Attention], chosen: Mapping[Attention, _Key]) -> None:
         reused: Reused | None = None
         for before, each in zip((None, *row), row, strict=False):
-            site = self._site(each, before) if each.path in chosen else None
+            site = self._site(each, before) if each in chosen else None
             if isinstance(site, _Site):
-                reused = self._put(graph, each, site, reused)
+                reused = self._put(graph, chosen[each], site, reused)
                 self.context.rewrote(each.path, each.entry)
                 continue
             reused = None
             if site is not None:
                 self.context.decline(each.path, site, each.entry)
 
-    def _put(self, graph: Graph, each: Attention, site: _Site, reused: Reused | None) -> Reused:
+    def _put(self, graph: Graph, key: _Key, site: _Site, reused: Reused | None) -> Reused:
         with graph.before(site.projection):
             reused = reused or taken_apart(graph, site.source, site.grid)
             if self.options.phi == "conv":
-                writer = PhiWriter(graph, f"{each.path}.reuse", self.options.seed, self.options.start, self.made)
+                writer = PhiWriter(graph, self._prefix(key), self.options.seed, self.options.start, self.made)
                 reused = replace(reused, rows=writer.write(reused.rows, site.grid))
             result = reused.whole(graph, site.projection)
         site.projection.replace_all_uses_with(result)
         return reused
+
+    def _prefix(self, key: _Key) -> str:
+        """What the parameters of a layer's Φ are called, the same in all entries."""
+        if key not in self.prefixes:
+            self.prefixes[key] = self.names.fresh(key[0], "reuse")
+        return self.prefixes[key]
 
     def _site(self, each: Attention, before: Attention | None) -> _Site | str:
         """Where Φ goes, or why none can."""

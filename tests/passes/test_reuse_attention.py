@@ -218,6 +218,29 @@ def _compare(program, image, expected):
     assert outputs_difference(found, {name: expected.detach()}).relative_error <= 1e-5
 
 
+class Inline(Vit):
+    """Whose attentions are all the root module's own."""
+
+    def forward(self, image):
+        x = self.embed(image)
+        for layer in self.layers:
+            normed = functional.layer_norm(x, (WIDTH,), layer.norm1.weight, layer.norm1.bias)
+            qkv = functional.linear(normed, layer.attn.qkv.weight, layer.attn.qkv.bias)
+            heads = [each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in qkv.chunk(3, -1)]
+            z = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+            x = x + layer.scale * functional.linear(z, layer.attn.proj.weight, layer.attn.proj.bias)
+            x = x + torch.tanh(functional.linear(functional.layer_norm(x, (WIDTH,)), layer.mlp.weight))
+        return x
+
+
+def test_layers_of_one_module_have_parameters_of_their_own(capture_module):
+    program, _ = capture_module(partial(Inline, 5), image=torch.zeros(2, 3, 6, 4))
+    after, record = reused(program, layers=[1, 3])
+    assert list(record.sites) == ["(root)", "(root)"]
+    assert {name.partition(".")[0] for name in after.untrained} == {"reuse", "reuse_1"}
+    assert len(after.untrained) == 14
+
+
 def test_a_learned_bias_hides_nothing(capture_module):
     program, _ = capture_module(partial(Vit, 3, 0, attention=Biased), image=torch.zeros(2, 3, 6, 4))
     _, record = reused(program, layers=[1])
