@@ -54,11 +54,11 @@ class ReuseAttention(Pass):
     start: Start = Field("identity", description="what parameters begin as: near the identity, or at random")
     seed: int = Field(0, ge=0, description="of the random start")
 
-    contract = approximate()
+    contract = retrain()
 
     @property
     def promise(self) -> Contract:
-        return retrain() if self.phi == "conv" else self.contract
+        return self.contract if self.phi == "conv" else approximate()
 
     def run(self, program: Program, context: Context) -> Program:
         found = attentions(program)

@@ -113,7 +113,8 @@ HEAD = """# SkipAt on DeiT
 `reuse-attention` in layers 3 to 8 of 12, in the form that the authors released. Structure only: no weight is read, and
 nothing here speaks of quality, which needs training. GMAC count the products inside attention. Venkataramanan et al.,
 ICLR 2024, arXiv 2301.02240; the paper's own column of GFLOPs does not follow from its released architecture
-(4.0 for S and 15.2 for B), its parameters do."""
+(4.0 for S and 15.2 for B), its parameters do. The two linear layers of Φ multiply as much as the four projections that
+go: saved are the products of tokens with tokens, of which there are few at 224×224."""
 COUNTED = "| | parameters, M | released | GMAC | released | |"
 MEASURING = """ONNX Runtime on {cores} CPU cores ({machine}), shared, one thread, one image, random weights; engines are
 called in turn, {runs} times each. Medians of the times, and of the images in a second after / before with p10 … p90 of

@@ -19,9 +19,8 @@ from optpass.ir.text import graph_text
 from optpass.ir.weights import Absent, Constant, WeightStore
 from optpass.passes.cache_blocks import CacheBlocks
 from optpass.passes.reuse_attention import ReuseAttention
-from optpass.passes.simplify import Simplify
-from optpass.pipeline.manager import run_pass
-from optpass.pipeline.recipe import Step
+from optpass.pipeline.manager import run_pass, run_passes
+from optpass.pipeline.recipe import Step, find_recipe, load_recipe
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 WIDTH, HEADS = 8, 2
@@ -407,14 +406,16 @@ def test_published_counts(size, tmp_path):
     assert totals.macs / 1e9 == pytest.approx(macs, rel=0.005)
 
 
-def test_digits_vit():
+def test_the_recipe_on_digits_vit():
     program = capture(CHECKPOINTS / "digits-vit", inputs={"pixel_values": (2, 1, 32, 32)}, dtype=torch.float32)
     _, record = reused(program)
     assert {item.reason for item in record.declined} == {"it has a mask (simplify drops one that hides nothing)"}
-    plain, _ = run_pass(program, Step("simplify", Simplify()))
-    after, record = reused(plain)
+    after, [plain, record] = run_passes(program, load_recipe(find_recipe("skipat-vit")).steps)
     assert list(record.sites) == [f"vit.layers.{number}.attention" for number in range(3, 9)]
     assert record.after.totals.macs_attention == record.before.totals.macs_attention // 2
+    assert plain.after.totals == record.before.totals
     image = torch.rand(2, 1, 32, 32)
-    difference = outputs_difference(*(program_runner(each, "full")({"pixel_values": image}) for each in (after, plain)))
+    difference = outputs_difference(
+        *(program_runner(each, "full")({"pixel_values": image}) for each in (after, program))
+    )
     assert 0 < difference.relative_error < 1
