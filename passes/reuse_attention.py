@@ -153,7 +153,7 @@ class _Rewriter:
 
     def _put(self, graph: Graph, key: _Key, site: _Site, reused: Reused | None) -> Reused:
         with graph.before(site.projection):
-            reused = reused or taken_apart(graph, site.source, site.grid)
+            reused = reused or taken_apart(graph, site.source, site.grid, site.projection)
             if self.options.phi == "conv":
                 writer = PhiWriter(graph, self._prefix(key), self.options.seed, self.options.start, self.made)
                 reused = replace(reused, rows=writer.write(reused.rows, site.grid))

@@ -55,15 +55,15 @@ class Reused:
         return parts[0] if len(parts) == 1 else graph.call(aten.cat.default, parts, 1, like=like)
 
 
-def taken_apart(graph: Graph, result: Node, grid: Grid) -> Reused:
-    """``result`` [batch, tokens, d] at the insertion point."""
+def taken_apart(graph: Graph, result: Node, grid: Grid, like: Node) -> Reused:
+    """``result`` [batch, tokens, d] at the insertion point, in the module of ``like``."""
 
     def part(start: Any, stop: Any) -> Node | None:
         if start == stop:
             return None
         if start == 0 and stop == size:
             return result
-        return graph.call(aten.slice.Tensor, result, 1, start, stop, like=result)
+        return graph.call(aten.slice.Tensor, result, 1, start, stop, like=like)
 
     size = shape_of(result)[1]
     before, rows, behind = part(0, grid.start), part(grid.start, grid.stop), part(grid.stop, size)

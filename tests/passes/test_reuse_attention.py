@@ -14,6 +14,7 @@ from optpass.analysis.cost import measure
 from optpass.capture.sources import capture
 from optpass.capture.spans import Span
 from optpass.evaluate.difference import outputs_difference, program_runner
+from optpass.ir.graph import shape_of
 from optpass.ir.program import Origin, Program
 from optpass.ir.text import graph_text
 from optpass.ir.weights import Absent, Constant, WeightStore
@@ -21,6 +22,7 @@ from optpass.passes.cache_blocks import CacheBlocks
 from optpass.passes.reuse_attention import ReuseAttention
 from optpass.pipeline.manager import run_pass, run_passes
 from optpass.pipeline.recipe import Step, find_recipe, load_recipe
+from optpass.rewrite.probes import choice_of, probes
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 WIDTH, HEADS = 8, 2
@@ -145,8 +147,8 @@ def with_random_phis(program, layers, size):
 
 
 GOLDEN = """\
-  %slice_tensor = slice.Tensor(%linear_1, 1, 0, 1) : f32[2, 1, 8]  ; layers.0.attn.proj
-  %slice_tensor_1 = slice.Tensor(%linear_1, 1, 1, 7) : f32[2, 6, 8]  ; layers.0.attn.proj
+  %slice_tensor = slice.Tensor(%linear_1, 1, 0, 1) : f32[2, 1, 8]  ; layers.1.attn.proj
+  %slice_tensor_1 = slice.Tensor(%linear_1, 1, 1, 7) : f32[2, 6, 8]  ; layers.1.attn.proj
   %linear_default = linear(%slice_tensor_1, @Φ.fc1.weight, @Φ.fc1.bias) : f32[2, 6, 16]  ; Φ.fc1
   %gelu_default = gelu(%linear_default) : f32[2, 6, 16]  ; Φ.act1
   %reshape_default = reshape(%gelu_default, [2, 3, 2, 16]) : f32[2, 3, 2, 16]  ; Φ.dwconv
@@ -238,6 +240,17 @@ def test_layers_of_one_module_have_parameters_of_their_own(capture_module):
     assert list(record.sites) == ["(root)", "(root)"]
     assert {name.partition(".")[0] for name in after.untrained} == {"reuse", "reuse_1"}
     assert len(after.untrained) == 14
+
+
+def test_modules_return_what_they_returned(capture_module):
+    """So that a training can compare them: the last value that leaves a module has the shape that it had."""
+    program, _ = capture_module(partial(Vit, 8, 2, 3), image=torch.zeros(2, 3, 6, 4))
+    after, _ = reused(program)
+    for pattern in ("layers.?", "layers.?.attn"):
+        before, now = (probes(each.entries["full"], choice_of(pattern)) for each in (program, after))
+        assert {path: shape_of(probe.node) for path, probe in now.items()} == {
+            path: shape_of(probe.node) for path, probe in before.items()
+        }
 
 
 def test_a_learned_bias_hides_nothing(capture_module):
