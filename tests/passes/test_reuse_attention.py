@@ -344,6 +344,22 @@ def test_refused(case, capture_module):
     assert [(item.path, item.reason) for item in record.declined] == [("layers.1.attn", reason)]
 
 
+def test_without_a_stream_there_is_no_layer(capture_module):
+    program, _ = capture_module(Attention, x=torch.zeros(2, 6, WIDTH))
+    _, record = reused(program)
+    assert [(item.node, item.reason) for item in record.declined] == [
+        ("scaled_dot_product_attention", "its result enters no residual stream")
+    ]
+
+
+def test_new_parameters_have_the_dtype_of_the_model(capture_module):
+    image = torch.zeros(2, 3, 6, 4, dtype=torch.float16)
+    program, _ = capture_module(lambda: Vit(3).half(), image=image)
+    after, record = reused(program, layers=[1])
+    assert record.modified
+    assert {after.weights[name].dtype for name in after.untrained} == {torch.float16}
+
+
 def test_what_layers_and_match_do_not_find_is_told(capture_module):
     program, _ = capture_module(partial(Vit, 2), image=torch.zeros(2, 3, 6, 4))
     for options, reason in (
