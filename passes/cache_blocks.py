@@ -11,7 +11,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch.fx import Node
 
-from optpass.analysis.attention import attention_products
+from optpass.analysis.attention_products import attention_products
 from optpass.analysis.block_ranges import BlockRange, NoRangeError, block_range
 from optpass.analysis.blocks import stacks
 from optpass.analysis.boundaries import depending_on

@@ -94,7 +94,7 @@ class CacheFeatures(Pass):
             states={**program.loop.states, **states},
         )
         made = replace(program, entries={**program.entries, entry: full, REUSE: reuse}, loop=loop)
-        return made.with_weights(weights)
+        return made.with_untrained(weights)
 
     def _schedule(self, variants: tuple[str, ...]) -> Schedule:
         if self.steps is not None and self.of is not None:

@@ -20,6 +20,7 @@ from clockwork_table import clockwork
 from cutting_table import cutting
 from hoist_table import hoist
 from models_table import FAMILIES, models
+from skipat_table import skipat
 from structure_table import structure
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +144,7 @@ def main(names: Sequence[str]) -> None:
         "clockwork": partial(clockwork, optpass, ROOT),
         "hoist-invariants": hoist,
         "cutting": cutting,
+        "skipat": partial(skipat, optpass),
         "structure": partial(structure, optpass, ROOT),
         "models": partial(models, optpass, table),
     }

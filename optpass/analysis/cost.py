@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from optpass.analysis.attention import attention_products
+from optpass.analysis.attention_products import attention_products
 from optpass.analysis.liveness import peak_activation_bytes
 from optpass.analysis.mac_rules import attention_inside, is_counted, macs_of
 from optpass.ir.graph import PATH, Graph, operators

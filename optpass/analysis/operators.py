@@ -53,7 +53,12 @@ POINTWISE_BINARY = frozenset(
 )
 """Arithmetic of two operands that broadcast; the second may be a number."""
 
-MASKING = frozenset({aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor})
+MASKING = frozenset(
+    {
+        *(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
+        *(aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+    }
+)
 """Pointwise choice between values."""
 
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})

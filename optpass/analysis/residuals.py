@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 from torch.fx import Node
 
-from optpass.analysis.attention import attention_products
+from optpass.analysis.attention_products import attention_products
 from optpass.analysis.carriers import carried_from, is_constant
 from optpass.analysis.layouts import Layout, layouts, mixes_outer_axis
 from optpass.analysis.mac_rules import macs_of

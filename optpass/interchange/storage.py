@@ -71,6 +71,7 @@ def save_program(
         },
         "ranges": {name: span.as_json() for name, span in program.ranges.items()},
         "loop": program.loop.as_json() if program.loop else None,
+        "untrained": sorted(program.untrained & weights.keys()),
     }
     for name, graph in program.entries.items():
         (folder / f"{name}.pt2").write_bytes(_archive(graph))
@@ -137,6 +138,7 @@ def load_program(folder: Path) -> Program:
             _load_origin(folder, index["origin"]),
             _load_loop(index["loop"], entries) if index["loop"] else None,
             {name: InputRange(**span) for name, span in index["ranges"].items()},
+            frozenset(map(str, index.get("untrained", ()))),
         )
         verify(program)
     except DialectError as error:

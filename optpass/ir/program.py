@@ -62,6 +62,7 @@ class Program:
     """Entries, weights, loop and origin. Treat as a value: passes return a new one.
 
     The graphs inside are mutable; :meth:`copy` before editing. The manager hands every pass a copy.
+    ``untrained`` are the weights that passes added and that training has yet to find values for.
     """
 
     entries: Mapping[str, Graph]
@@ -69,6 +70,7 @@ class Program:
     origin: Origin
     loop: Loop | None = None
     ranges: Mapping[str, InputRange] = field(default_factory=dict)
+    untrained: frozenset[str] = frozenset()
 
     def copy(self) -> Program:
         return replace(self, entries={name: graph.copy() for name, graph in self.entries.items()})
@@ -81,6 +83,10 @@ class Program:
     def with_weights(self, changes: Mapping[str, Expression]) -> Program:
         """This Program with some weights' expressions added or replaced."""
         return replace(self, weights=self.weights.updated(changes))
+
+    def with_untrained(self, added: Mapping[str, Expression]) -> Program:
+        """This Program with new weights, whose expressions are what they are before training."""
+        return replace(self.with_weights(added), untrained=self.untrained | set(added))
 
     def with_written_states(self) -> Program:
         """With every state of the loop in the shape and dtype that entries write it in: after a change of both ends."""
@@ -100,7 +106,8 @@ class Program:
 
     def pruned(self) -> Program:
         """Without weights that no entry reads."""
-        return replace(self, weights=self.used_weights())
+        used = self.used_weights()
+        return replace(self, weights=used, untrained=self.untrained & used.keys())
 
     @property
     def has_values(self) -> bool:

@@ -8,7 +8,7 @@ a convolution's result is more columns, a bias is one. Heads are apart.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -147,7 +147,8 @@ def insert_adaptors(program: Program, funnels: Iterable[Funnel], originals: Weig
                 site = _Site(graph, node, str(weight.target), originals, names, made)
                 site.restore(before.get(weight.target), after.get(weight.target))
         graph.remove_dead_code()
-    return replace(program, weights=program.weights.updated(made)).pruned()
+    added = {name: expression for name, expression in made.items() if name not in originals}
+    return program.with_weights(made).with_untrained(added).pruned()
 
 
 @dataclass

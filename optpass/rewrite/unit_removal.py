@@ -70,7 +70,7 @@ def with_gates(program: Program, chosen: Places) -> Program:
         # From the last on: what a later branch reads of an earlier one is still in its place.
         for branch, name in sorted(branches, key=lambda pair: -order[pair[0].residual.add]):
             _gate(graph, branch, name, weights.setdefault(name, _open()))
-    return program.with_weights(weights)
+    return program.with_untrained(weights)
 
 
 def _by_entry(chosen: Mapping[str, list[Place]]) -> dict[str, list[Unit]]:

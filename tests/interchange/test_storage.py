@@ -45,7 +45,7 @@ class Net(nn.Module):
 def program() -> Program:
     found, _ = capture_module(Net, tokens=torch.zeros(2, 3, dtype=torch.long), mask=torch.zeros(2, 3, dtype=torch.bool))
     origin = Origin("factory", None, "", "torch", "Net", {"depth": 1, "names": ["a", "b"]}, digest="abc")
-    return replace(found, origin=origin, ranges={"tokens": InputRange(0, 7)})
+    return replace(found, origin=origin, ranges={"tokens": InputRange(0, 7)}, untrained=frozenset({"norm.weight"}))
 
 
 def texts(program: Program) -> dict[str, str]:
@@ -58,6 +58,7 @@ def test_a_round_trip_is_exact(program: Program, tmp_path: Path) -> None:
     assert texts(loaded) == texts(program)
     assert {n: g.signature for n, g in loaded.entries.items()} == {n: g.signature for n, g in program.entries.items()}
     assert (loaded.loop, dict(loaded.ranges)) == (program.loop, dict(program.ranges))
+    assert loaded.untrained == program.untrained
     assert loaded.origin == replace(program.origin, path=tmp_path.resolve())
     assert list(loaded.weights) == list(program.used_weights())
     for name, expression in program.used_weights().items():

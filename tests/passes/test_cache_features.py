@@ -348,6 +348,7 @@ def test_the_resnet_adaptor(unet, options, fresh, randomised):
     program, module = unet
     identity, _ = cached(program, **options)
     after, record = cached(program, **options, adaptor="resnet", width=32)
+    assert after.untrained == set(after.weights) - set(program.weights) != set()
     assert record.record.promise.kind == "retrain"
     given = random_inputs(after.entries["reuse"].inputs_at(), program.ranges, 3)
     given["past.feature"] = torch.randn(given["past.feature"].shape)

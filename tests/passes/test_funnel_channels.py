@@ -179,6 +179,7 @@ def test_adaptors_of_convolutions_merge(capture_module, norm):
 def _compare_forms(program, scope, layers):
     merged, record = funnelled(program, scope=scope)
     apart, _ = funnelled(program, scope=scope, merged=False)
+    assert apart.untrained == set(apart.weights) - set(program.weights)
     assert {name.removesuffix(".funnel") for name in apart.weights if name.endswith(".funnel")} == layers
     for layer in layers:
         assert apart.weights[f"{layer}.weight"] is program.weights[f"{layer}.weight"]

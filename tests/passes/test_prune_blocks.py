@@ -119,7 +119,7 @@ def test_gates_are_exact_and_closed_ones_remove(capture_module):
     program, _ = capture_module(Blocks, x=torch.randn(3, 2, 4))
     after, record = gated_branches(program)
     gates = {f"blocks.{i}.{name}.prune_gate" for i in (0, 1) for name in ("one", "two")}
-    assert set(after.weights) - set(program.weights) == gates
+    assert set(after.weights) - set(program.weights) == gates == after.untrained
     assert str(record.record.promise).startswith("exact")
     assert program_difference(program, after).relative_error <= 1e-6
     # Equal as they are, they are not one common subexpression.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from optpass.analysis.attention import attention_products
+from optpass.analysis.attention_products import attention_products
 from optpass.analysis.axes import arrangements, creation, lookups, products, statistics, windows
 from optpass.analysis.axes.groups import Census, Fixed, Group, fixed_of, groups_of
 from optpass.analysis.axes.naming import names_of
