@@ -58,7 +58,7 @@ def given_items(data: str, program: Program, call: Interface) -> Iterable[Any]:
     if Path(data).exists():
         return _from_folder(Path(data), program, call)
     made = named_object(data, "data")
-    if callable(made) and not hasattr(made, "__getitem__"):
+    if isinstance(made, type) or (callable(made) and not hasattr(made, "__getitem__")):
         made = made()
     if hasattr(made, "__len__") and hasattr(made, "__getitem__"):
         return Indexed(len(made), made.__getitem__)
