@@ -158,7 +158,7 @@ class Distill(Pass):
             networks = Network(student, values, names), Network(taught, values)
             if reason := differing_call(networks[0].call, networks[1].call):
                 raise UserError(f"{reason}: name the pass that changed it, or one behind it, as 'teacher'")
-            courses = self._courses(networks[1])
+            courses = self._courses(program, networks[1])
             self._hold(courses)
             folder = folder_of(self.work, self._key((program, teacher), courses, accelerator.device))
             with folder.held():
@@ -201,8 +201,8 @@ class Distill(Pass):
             raise UserError(f"teacher: no pass {self.teacher!r} ran before this one{nearest(self.teacher, known)}")
         return context.earlier[self.teacher]
 
-    def _courses(self, teacher: Network) -> Courses:
-        program, call = teacher.program, teacher.call
+    def _courses(self, program: Program, teacher: Network) -> Courses:
+        call = teacher.call
         if self.data is not None:
             items = given_items(self.data, program, call)
             return GivenCourses(items, call, self.data, calls=self.calls, seed=self.seed)

@@ -7,16 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from loops import denoiser
 from torch import Tensor, nn
 
 from optpass.errors import UserError
 from optpass.evaluate.difference import program_difference, program_runner
-from optpass.ir.program import Program
+from optpass.evaluate.trials import random_inputs
+from optpass.ir.loop import single_step
+from optpass.ir.program import InputRange, Program
 from optpass.ir.weights import Constant, Scale
+from optpass.passes.cache_features import CacheFeatures
 from optpass.passes.distill import Distill
 from optpass.pipeline.contract import retrain
 from optpass.pipeline.manager import run_passes
@@ -142,6 +147,43 @@ def test_the_teacher_may_be_what_went_into_a_pass(net, tmp_path):
     assert record.facts["training"]["losses"]["loss"][0] == pytest.approx(
         float((one - other).square().mean()), rel=1e-5
     )
+
+
+class Level(nn.Module):
+    """A denoiser of images with an inner level that is worth skipping, and an embedding of the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, 8)
+        self.enter, self.inner, self.leave = (nn.Conv2d(*sizes, 3, padding=1) for sizes in ((3, 8), (8, 8), (8, 3)))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        time = torch.sin(self.time(timestep.reshape(1, 1) / 1000).expand(len(sample), 8))
+        outer = self.enter(sample)
+        return self.leave(torch.tanh(self.inner(torch.relu(outer) + time[..., None, None])) + outer)
+
+
+def test_an_adaptor_learns_what_reusing_steps_miss(tmp_path):
+    program, _ = capture_module(Level, sample=torch.zeros(2, 3, 8, 8), timestep=torch.tensor(1.0))
+    loop = single_step("full", program.entries["full"].signature)
+    program = replace(program, loop=loop, ranges={"timestep": InputRange(0, 1000, "uniform")})
+    cache = CacheFeatures(cut="inner", every=3, adaptor="resnet", width=32)
+    before, after, record = healed(program, tmp_path, cache, updates=24, calls=6, learning_rate=4e-3)
+    assert {name.partition(".")[0] for name in record.sites} == {"adaptor"}
+    assert record.facts["training"]["source"] == "random inputs"
+    # Of a walk that was not trained on.
+    found = [program_difference(program, each, seed=99).snr for each in (before, after)]
+    assert found[1] > found[0] + 3
+    # Steps that compute give what they gave.
+    x = random_inputs(before.entries["full"].inputs_at(), program.ranges, 1)
+    one, other = (program_runner(each, "full")(x) for each in (before, after))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_data_of_single_calls_is_not_for_steps_that_hand_something_on(tmp_path):
+    program, _ = denoiser()
+    with pytest.raises(UserError, match="train it without 'data'"):
+        healed(program, tmp_path, CacheFeatures(cut="inner"), train="all", data="somewhere")
 
 
 SETS = '''
