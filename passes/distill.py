@@ -60,8 +60,8 @@ class Distill(Pass):
     is read once for many steps (put hoist-invariants behind this pass). Refuses a quantised model, and inputs or
     outputs that the teacher has in another shape.
 
-    Source: distillation, Hinton et al., arXiv 1503.02531; of Clockwork's adaptors on trajectories, arXiv 2312.08128,
-    section 4.3; states of the student mixed in, DDIL, arXiv 2410.11971.
+    Source: distillation, Hinton et al., arXiv 1503.02531; adaptors trained on unrolled trajectories, Clockwork
+    Diffusion, arXiv 2312.08128; states of the student mixed in, DDIL, arXiv 2410.11971.
     """
 
     train: Which = Field("new", description="what passes added, modules that match scopes, or everything")
@@ -108,7 +108,7 @@ class Distill(Pass):
 
     contract = approximate()
     executes = True
-    needs = "training"
+    needs = "generations of the pipeline, or data"
     heals = True
 
     @field_validator("scopes", "features", mode="before")

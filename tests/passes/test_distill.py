@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from loops import denoiser
 from torch import Tensor, nn
 
+from optpass.capture.spans import Span
 from optpass.errors import UserError
 from optpass.evaluate.difference import program_difference, program_runner
 from optpass.evaluate.trials import random_inputs
@@ -22,6 +24,7 @@ from optpass.ir.loop import single_step
 from optpass.ir.program import InputRange, Program
 from optpass.ir.weights import Constant, Scale
 from optpass.passes.cache_features import CacheFeatures
+from optpass.passes.cast import CastFloats
 from optpass.passes.distill import Distill
 from optpass.pipeline.contract import retrain
 from optpass.pipeline.manager import run_passes
@@ -239,6 +242,33 @@ def test_logits_are_learnt_by_their_divergence(net, tmp_path):
     _, _, record = healed(net[0], tmp_path, Perturb(), **options)
     losses = record.facts["training"]["losses"]["loss"]
     assert losses[-1] * 20 < losses[0]
+
+
+def test_half_precision_trains_in_float32_and_is_rounded_once(net, tmp_path):
+    cast = CastFloats(dtype="float16")
+    before, after, record = healed(net[0], tmp_path, Perturb(), cast, updates=60, learning_rate=0.05)
+    assert after.weights["last.weight"].dtype == torch.float16
+    assert record.facts["training"]["last"] * 20 < record.facts["training"]["first"]
+    assert not after.untrained
+    assert program_difference(net[0], after).snr > program_difference(net[0], before).snr + 10
+
+
+def test_mixed_precision_leaves_the_process_as_it_was(net, tmp_path):
+    torch.manual_seed(3)
+    random_state, strict = torch.get_rng_state(), torch.are_deterministic_algorithms_enabled()
+    _, _, record = healed(net[0], tmp_path, Perturb(), precision="bf16", updates=40, learning_rate=0.05)
+    assert record.facts["training"]["last"] * 4 < record.facts["training"]["first"]
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.are_deterministic_algorithms_enabled() is strict
+    assert not AcceleratorState._shared_state
+
+
+def test_open_sizes(capture_shared, tmp_path, sets):
+    program = capture_shared(Net, {"x": ("batch", 6)}, {"batch": Span(2, 64)})
+    options = {"features": "norm", "feature_weight": 0.1, "updates": 40, "learning_rate": 0.05}
+    _, after, record = healed(program, tmp_path, Perturb(), data=f"{sets}:Rows", **options)
+    assert record.facts["training"]["last"] * 3 < record.facts["training"]["first"]
+    assert after.entries["full"].inputs[0].is_open
 
 
 def test_a_folder_of_tensors(net, tmp_path):
