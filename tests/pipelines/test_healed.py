@@ -46,7 +46,7 @@ def errors(original: Program, program: Program, folder: Path, *, steps: int, sha
 def test_trained_on_its_own_generations(pipeline_folder: Callable[[str], Path], tmp_path: Path) -> None:
     folder = pipeline_folder("dit")
     program, cache = capture(folder), Step("cache-blocks", CacheBlocks(head=1, every=3))
-    options = {"train": "all", "updates": 5, "calls": 6, "steps": 6, "labels": (1, 2), "learning_rate": 2e-3}
+    options = {"train": "all", "updates": 8, "calls": 6, "steps": 6, "labels": (1, 2), "learning_rate": 2e-3}
     before, after, record = healed(program, cache, warmup=0, work=str(tmp_path), **options)
     assert record.facts["training"]["source"] == "trajectories of the pipeline in 6 steps"
     found = [errors(program, each, folder, steps=6, share=0.0, seed=5) for each in (before, after)]
