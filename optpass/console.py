@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from optpass.jsonable import finite
+from optpass.pipeline.request import DETAIL
 from optpass.report import units
 from optpass.report.coverage_view import coverage_words
 from optpass.report.sensitivity_view import CHARTED, module_row, sensitivity_words
@@ -37,11 +38,12 @@ def progress_display(quiet: bool = False) -> Iterator[Callable[[str, float], Non
         tasks: dict[str, Any] = {}
 
         def update(stage: str, fraction: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(escape(stage), total=1.0)
+            name = stage.partition(DETAIL)[0]
+            if name not in tasks:
+                tasks[name] = bars.add_task(escape(name), total=1.0)
                 if not err.is_terminal:
-                    err.print(f"… {escape(stage)}")
-            bars.update(tasks[stage], completed=fraction)
+                    err.print(f"… {escape(name)}")
+            bars.update(tasks[name], completed=fraction, description=escape(stage))
 
         yield update
 

@@ -107,7 +107,7 @@ class Program:
     def pruned(self) -> Program:
         """Without weights that no entry reads."""
         used = self.used_weights()
-        return replace(self, weights=used, untrained=self.untrained & used.keys())
+        return replace(self, weights=used, untrained=frozenset(self.untrained & used.keys()))
 
     @property
     def has_values(self) -> bool:

@@ -250,7 +250,9 @@ def _run(part: Part, request: Request, callbacks: Sequence[Callback], progress: 
     # A pass that a gate withdraws has never been, to those who come after it.
     own: list[Callback] = [Verification(request.verify, request.seed), gates, reference]
     try:
-        program, records = run_passes(part.original, recipe.steps, [*own, *callbacks, reproducer], recipe.target)
+        program, records = run_passes(
+            part.original, recipe.steps, [*own, *callbacks, reproducer], recipe.target, progress
+        )
     except UserError:
         raise
     except OptpassError as error:

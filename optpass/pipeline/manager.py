@@ -96,11 +96,15 @@ Callback = Callable[[Event], Withdrawal | None]
 
 
 def run_passes(
-    program: Program, steps: Sequence[Step], callbacks: Sequence[Callback] = (), target: Target | None = None
+    program: Program,
+    steps: Sequence[Step],
+    callbacks: Sequence[Callback] = (),
+    target: Target | None = None,
+    progress: Callable[[str, float], None] = lambda stage, fraction: None,
 ) -> tuple[Program, list[PassRecord]]:
     """Run ``steps`` in order over ``program``, which stays as it is; the result and a record per pass.
 
-    ``target`` is what the result will be lowered to.
+    ``target`` is what the result will be lowered to; ``progress`` is told by passes that take their time.
 
     Callbacks are called in order on every event. One that raises on ``finished`` stops the run, as a
     failing pass does; both are told as a ``failed`` event, whose ``before`` is the Program to reproduce from.
@@ -111,10 +115,12 @@ def run_passes(
         OptpassError: whatever a pass or a callback raised; anything that is not one is wrapped in one.
     """
     original, cost, records = program, measure(program), []
+    earlier: dict[str, Program] = {}
     for index, step in enumerate(steps):
         _tell(callbacks, Event("started", index, step, program, original))
         try:
-            after, record = run_pass(program, step, cost, target)
+            context = Context(target, original, dict(earlier), progress)
+            after, record = run_pass(program, step, cost, context=context)
             reference, compared = step.record.reference(program), original
             if reference is not program:
                 # Not the reference itself: what passes before this one changed is to be seen in the end.
@@ -129,15 +135,24 @@ def run_passes(
                 raise
             message = f"pass {step.name!r} failed: {type(error).__name__}: {error}"
             raise OptpassError(message) from error
+        if not record.withdrawn:
+            earlier[step.name] = program
         program, original, cost = after, compared, record.after
         records.append(record)
     return program, records
 
 
 def run_pass(
-    program: Program, step: Step, cost: Cost | None = None, target: Target | None = None
+    program: Program,
+    step: Step,
+    cost: Cost | None = None,
+    target: Target | None = None,
+    *,
+    context: Context | None = None,
 ) -> tuple[Program, PassRecord]:
     """One pass with everything that always holds around it: requires, dialect, honesty, ensures.
+
+    ``context`` is a new one, in which nothing is written yet; without it the pass knows the ``target`` at most.
 
     Raises:
         UserError: the pass's ``requires`` refuses the Program.
@@ -150,7 +165,7 @@ def run_pass(
     if refusals := record.requires(program):
         raise UserError(f"pass {name!r} cannot run: {'; '.join(refusals)}")
     cost = cost or measure(program)
-    context = Context(target)
+    context = context or Context(target)
     start = time.perf_counter()
     after = record.run(program.copy(), context).pruned()
     seconds = time.perf_counter() - start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,9 +36,15 @@ class Context:
     """Where a running pass writes what it did. Sites, declined places and facts end up in the report.
 
     ``target`` is what the Program will be lowered to, where that is known: for passes whose result depends on it.
+    ``original`` is what results are compared with: the Program as captured, or with what a pass put in since then.
+    ``earlier`` are the Programs that went into the passes before this one, by the pass's name, the latest of a name.
+    ``progress`` is called with a stage's name and the fraction of it that is done.
     """
 
     target: Target | None = None
+    original: Program | None = None
+    earlier: Mapping[str, Program] = field(default_factory=dict)
+    progress: Callable[[str, float], None] = lambda stage, fraction: None
     sites: list[str] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)

@@ -11,6 +11,8 @@ from optpass.pipeline.verification import Mode
 
 Progress = Callable[[str, float], None]
 """Called with a stage's name and the fraction of it that is done."""
+DETAIL = " · "
+"""Between a stage's name and what is told of it while it runs."""
 
 
 @dataclass(frozen=True)

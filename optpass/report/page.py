@@ -23,6 +23,7 @@ from optpass.report.scatter import Plot, plots
 from optpass.report.sensitivity_view import SensitivityView, sensitivity_view
 from optpass.report.structure_view import structure_charts
 from optpass.report.summary import Tile, lede, tiles
+from optpass.report.training_view import TrainingView, training_views
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -91,6 +92,7 @@ class Page:
     loop: LoopView | None
     calibration: CalibrationView | None
     sensitivity: SensitivityView | None
+    trainings: tuple[TrainingView, ...]
     latency_chart: Chart | None
     latency_words: tuple[str, ...]
     reel: Reel | None
@@ -135,6 +137,7 @@ def page_of(report: Mapping[str, Any], clips: Clips | None) -> Page:
         loop=loop_view(report),
         calibration=calibration_view(report),
         sensitivity=sensitivity_view(report),
+        trainings=training_views(report),
         latency_chart=_latency_chart(section(report, "latency")),
         latency_words=_latency_words(section(report, "latency")),
         reel=None if clips is None or not len(clips.after) else reel(clips),

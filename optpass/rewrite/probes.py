@@ -73,11 +73,11 @@ def probed(program: Program, choice: Choice, named: str) -> tuple[Program, dict[
     if not any(found.values()):
         paths = {str(n.meta.get(PATH) or "") for graph in program.entries.values() for n in operators(graph)}
         raise UserError(f"no module matches {named!r}{nearest_paths(named, paths - {''})}")
-    entries = {name: _with_outputs(graph, found[name]) for name, graph in program.entries.items()}
+    entries = {name: with_outputs(graph, found[name]) for name, graph in program.entries.items()}
     return replace(program, entries=entries, loop=None), found
 
 
-def _with_outputs(graph: Graph, looked_at: Mapping[str, Probe]) -> Graph:
+def with_outputs(graph: Graph, looked_at: Mapping[str, Probe]) -> Graph:
     """A copy of ``graph`` that returns the nodes of ``looked_at``, which are its own, after its outputs."""
     copy = graph.copy()
     nodes = {node.name: node for node in copy.fx.nodes}

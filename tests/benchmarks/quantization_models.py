@@ -60,7 +60,9 @@ def _resnet(folder: Path) -> Subject:
     model.eval().save_pretrained(folder)
     calls = [{"pixel_values": torch.randn(1, 3, 224, 224)} for _ in range(CALIBRATION + HELD_OUT)]
     module = _Output(model, "logits")
-    return Subject("ResNet-50, 224×224, random weights", folder, module, *_split(calls), passes=("reparameterize", "simplify"))
+    return Subject(
+        "ResNet-50, 224×224, random weights", folder, module, *_split(calls), passes=("reparameterize", "simplify")
+    )
 
 
 def _dit(folder: Path) -> Subject:
