@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from optpass.jsonable import finite
-from optpass.pipeline.request import DETAIL
+from optpass.pipeline.progress import DETAIL
 from optpass.report import units
 from optpass.report.coverage_view import coverage_words
 from optpass.report.sensitivity_view import CHARTED, module_row, sensitivity_words

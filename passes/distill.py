@@ -21,7 +21,7 @@ from optpass.ir.program import Program
 from optpass.ir.quantized import DEQUANTIZERS
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context, Pass
-from optpass.pipeline.request import DETAIL
+from optpass.pipeline.progress import DETAIL
 from optpass.runtime.sampling import LABELS, Asked, usual_guidance
 from optpass.training.courses import Courses, GivenCourses, RandomCourses, Trajectories
 from optpass.training.features import with_features

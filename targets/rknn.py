@@ -22,6 +22,8 @@ FALLBACK = "the NPU has no kernel for it: the chip's CPU runs it"
 COMPILER = 600 << 20
 """Memory of the toolkit's process before it has read a model."""
 BUILD_COPIES = 6
+OPSET = 19
+"""The latest operator set that the toolkit reads."""
 
 
 class Rknn(RebuildingTarget):
@@ -67,7 +69,11 @@ class Rknn(RebuildingTarget):
 
     def _lowered(self, program: Program, lowering: Lowering) -> dict[str, LoweredEntry]:
         files = write_onnx_folder(
-            program, lowering.folder, allow_nonfinite=lowering.allow_nonfinite, progress=lowering.progress
+            program,
+            lowering.folder,
+            opset=OPSET,
+            allow_nonfinite=lowering.allow_nonfinite,
+            progress=lowering.progress,
         )
         return {name: self._entry(name, program, lowering, files) for name in program.entries}
 

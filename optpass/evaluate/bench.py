@@ -19,7 +19,7 @@ from optpass.errors import OptpassError, UserError
 from optpass.evaluate.bench_machine import Moment, machine_state
 from optpass.evaluate.bench_process import Contestant, Process
 from optpass.evaluate.latency import NOISE, RUNS, WARMUP, Latency, Ratio
-from optpass.pipeline.request import Progress
+from optpass.pipeline.progress import Progress
 
 TURN = 100.0
 """Milliseconds of calls in a turn, at least."""

@@ -27,7 +27,7 @@ from optpass.evaluate.walks import timed_calls
 from optpass.evaluate.widened import widened
 from optpass.ir.program import Program
 from optpass.pipeline.lowered import lowered_runners
-from optpass.pipeline.request import Progress
+from optpass.pipeline.progress import Progress
 from optpass.pipeline.target import Runner
 from optpass.pipeline.verification import resized_inputs
 from optpass.rewrite.probes import Choice, Probe, choice_of, probed

@@ -11,9 +11,10 @@ from optpass.ir.program import Program
 from optpass.pipeline.apply import Part, Reference, captured_parts
 from optpass.pipeline.manager import run_passes
 from optpass.pipeline.plan import NOWHERE
+from optpass.pipeline.progress import Progress
 from optpass.pipeline.recipe import load_recipe
 from optpass.pipeline.records import LOCK
-from optpass.pipeline.request import Progress, Request
+from optpass.pipeline.request import Request
 from optpass.pipeline.target import Target
 from optpass.runtime.bundle import PartRecord, read_manifest
 

@@ -23,10 +23,11 @@ from optpass.pipeline.gatekeeper import GateKeeper
 from optpass.pipeline.ladder import Climb, ladder
 from optpass.pipeline.loop_record import loop_record
 from optpass.pipeline.manager import Callback, Event, PassRecord, run_passes
+from optpass.pipeline.progress import Progress
 from optpass.pipeline.recipe import OTHERS, Recipe, Step, check_legality, refuse_gates, unhealed
 from optpass.pipeline.records import machine, write_records
 from optpass.pipeline.reproducer import Reproducer
-from optpass.pipeline.request import Progress, Request
+from optpass.pipeline.request import Request
 from optpass.pipeline.target import LoweredEntry, Lowering
 from optpass.pipeline.verification import Verification
 from optpass.runtime.bundle import BundleWriter, PartRecord, Verified, engine_digests, part_record

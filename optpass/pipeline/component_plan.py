@@ -52,8 +52,9 @@ from optpass.pipeline import evidence, verification
 from optpass.pipeline.gates import Gate, LatencyGate, MetricGate
 from optpass.pipeline.manager import PassRecord, run_pass
 from optpass.pipeline.passes import Pass
+from optpass.pipeline.progress import Progress
 from optpass.pipeline.recipe import Recipe, Step
-from optpass.pipeline.request import Progress, Request
+from optpass.pipeline.request import Request
 from optpass.pipeline.target import Footprint, Unsupported
 from optpass.runtime.components import component_files
 from optpass.runtime.sampling import asked_beside, can_sample

@@ -16,7 +16,8 @@ from optpass.evaluate.walks import call_trials, timed_calls
 from optpass.evaluate.widened import widened
 from optpass.ir.program import Program
 from optpass.pipeline.lowered import runners_of
-from optpass.pipeline.request import Progress, Request
+from optpass.pipeline.progress import Progress
+from optpass.pipeline.request import Request
 from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target
 from optpass.pipeline.verification import Mode, is_small
 from optpass.runtime.loop import call_runners

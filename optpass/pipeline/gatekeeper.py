@@ -9,7 +9,7 @@ from optpass.errors import GateError
 from optpass.evaluate.scope import Scope
 from optpass.pipeline.gates import Gate
 from optpass.pipeline.manager import Event, Withdrawal
-from optpass.pipeline.request import Progress
+from optpass.pipeline.progress import Progress
 from optpass.pipeline.target import Target
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optpass.errors import UserError
 from optpass.ir.program import Program
-from optpass.pipeline.request import Progress
+from optpass.pipeline.progress import Progress
 from optpass.pipeline.target import LoweredEntry, Lowering, Runner, Target
 
 

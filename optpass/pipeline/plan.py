@@ -15,8 +15,9 @@ import torch
 from optpass.errors import UserError
 from optpass.pipeline.apply import as_asked, captured_parts
 from optpass.pipeline.component_plan import PROCESS, ComponentPlan, plan_component
+from optpass.pipeline.progress import Progress
 from optpass.pipeline.recipe import Recipe, check_legality
-from optpass.pipeline.request import Progress, Request
+from optpass.pipeline.request import Request
 from optpass.runtime.bundle import BundleWriter
 from optpass.runtime.components import component_files
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from optpass.capture.spans import Sizes
 from optpass.pipeline.verification import Mode
-
-Progress = Callable[[str, float], None]
-"""Called with a stage's name and the fraction of it that is done."""
-DETAIL = " · "
-"""Between a stage's name and what is told of it while it runs."""
 
 
 @dataclass(frozen=True)
