@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ REFERENCE = "onnxruntime"
 FORM = "as stored"
 RUNS, WARMUP, TRIALS = 15, 3, 2
 MB, GB = 1e6, 1e9
+LOG = re.compile(r" \(its whole log: [^)]*\)?")
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,11 @@ def compared(reference: Path, out: Path) -> dict[str, Any]:
 
 
 def _said(error: SystemExit) -> str:
-    """What a failed command said, in one line."""
+    """What a failed command said, in one line, without the place of its log."""
+    return LOG.sub("", _quoted(error))
+
+
+def _quoted(error: SystemExit) -> str:
     lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
     said = next((line for line in lines if line.startswith("{")), "")
     if said:
