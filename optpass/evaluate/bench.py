@@ -19,7 +19,7 @@ from optpass.errors import OptpassError, UserError
 from optpass.evaluate.bench_machine import Moment, machine_state
 from optpass.evaluate.bench_process import Contestant, Process
 from optpass.evaluate.latency import NOISE, RUNS, WARMUP, Latency, Ratio
-from optpass.pipeline.progress import Progress
+from optpass.pipeline.progress import DETAIL, Progress
 
 TURN = 100.0
 """Milliseconds of calls in a turn, at least."""
@@ -154,7 +154,7 @@ def _loaded(
     entrants: list[_Entrant] = []
     left_out: dict[str, str] = {}
     for index, contestant in enumerate(contestants):
-        progress(f"load {contestant.label}", index / len(contestants))
+        progress(f"load{DETAIL}{contestant.label}", index / len(contestants))
         process = stack.enter_context(Process(contestant, effort.threads))
         try:
             process.load()
