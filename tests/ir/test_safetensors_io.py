@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from optpass.errors import UserError, WeightError
 from optpass.ir.hashing import file_digest, tensor_bytes
-from optpass.ir.safetensors_io import FILE_DTYPES, Stored, checked, read_safetensors, write_safetensors
+from optpass.ir.safetensors_io import FILE_DTYPES, METADATA, Stored, checked, read_safetensors, write_safetensors
 from optpass.ir.weights import Constant, Expression, Shape
 
 DTYPES = sorted(FILE_DTYPES.values(), key=str)
@@ -50,7 +50,12 @@ def test_what_the_writer_writes_the_library_reads(tmp_path: Path, found: dict[st
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 @given(
-    st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=1), tensors(torch.float32, torch.int8), max_size=4)
+    st.dictionaries(
+        # The library itself writes a header with that name twice, which it cannot read either.
+        st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda name: name != METADATA),
+        tensors(torch.float32, torch.int8),
+        max_size=4,
+    )
 )
 def test_what_the_library_writes_the_reader_reads(tmp_path: Path, found: dict[str, torch.Tensor]) -> None:
     path = tmp_path / "x.safetensors"
