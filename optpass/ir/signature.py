@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Generator, Tensor
@@ -29,7 +29,10 @@ VARIADIC = "**"
 
 @dataclass(frozen=True)
 class Tree:
-    """One node of a structure; ``name`` is a tensor's name, an output class, or empty."""
+    """One node of a structure; ``name`` is a tensor's name, an output class, or empty.
+
+    ``value`` is what a constant is, or what a tensor is where a call leaves it out (a number, of a scalar).
+    """
 
     kind: Kind
     name: str = ""
@@ -47,7 +50,7 @@ class Tree:
         json: dict[str, Any] = {"kind": self.kind}
         if self.name:
             json["name"] = self.name
-        if self.kind == "constant":
+        if self.kind == "constant" or self.value is not None:
             json["value"] = self.value
         if self.children:
             json["children"] = {key: child.as_json() for key, child in self.children.items()}
@@ -65,9 +68,9 @@ class Tree:
             UserError: ``value`` has another structure than the captured one.
         """
         if self.kind == "tensor":
-            if value is None:
+            if value is None and self.value is None:
                 raise UserError(f"argument {path or self.name!r} is required: the engine was captured with it")
-            return {self.name: value}
+            return {self.name: self.value if value is None else value}
         if self.kind == "constant":
             if value is not None and value != self.value:
                 raise UserError(f"argument {path!r} was captured as {self.value!r}; the engine cannot take {value!r}")
@@ -194,6 +197,23 @@ class Signature:
     @property
     def outputs(self) -> tuple[str, ...]:
         return tuple(self.output.leaves())
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """What arguments are that a call may leave out: those that passes added to the captured module's own."""
+        children = self.arguments.children.values()
+        return {tree.name: float(tree.value) for tree in children if tree.kind == "tensor" and tree.value is not None}
+
+    def with_scalar(self, name: str, default: float) -> Signature:
+        """This call with one more argument, a scalar, which is ``default`` where it is left out.
+
+        Raises:
+            ValueError: there is an argument of that name.
+        """
+        if name in self.parameters or name in self.inputs:
+            raise ValueError(f"there is an argument {name!r} already")
+        arguments = replace(self.arguments, children={**self.arguments.children, name: Tree("tensor", name, default)})
+        return replace(self, parameters=(*self.parameters, name), arguments=arguments)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors of a call, by input name.

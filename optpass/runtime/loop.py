@@ -40,15 +40,17 @@ class LoopRunner:
         self.statistics: Counter[str] = Counter()
         self.steps: int | None = None if isinstance(loop.schedule, Cycle) else loop.schedule.of
         self._call = call_interface(loop, interfaces)
+        self._defaults = {name: torch.tensor(value) for name, value in loop.signature.defaults.items()}
         self._policy = _policy(loop, interfaces)
         self._table = Table()
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One step; where a loop remembers nothing, whichever.
+        """One step; where a loop remembers nothing, whichever. What the call may leave out, it may leave out here.
 
         Raises:
             UserError: the generation goes on beyond the number of steps that the schedule was made for.
         """
+        tensors = {**self._defaults, **tensors}
         if self.loop.stateless:
             (entry,) = self.loop.entries
             return self.runners[entry](tensors)

@@ -53,7 +53,7 @@ class LoopModule(EngineModule):
         loop = self.runner.loop
         other = LoopModule(loop, self.runner.interfaces, self.runner.runners, **self._origin)
         other.runner = self.runner.fork()
-        other.precision = self.precision
+        other.precision, other.scales = self.precision, dict(self.scales)
         return other
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache
 from types import MethodType
@@ -56,7 +56,9 @@ class EngineModule(nn.Module):
     ``precision``, where a pipeline sets it, is the dtype that it computes in around the engine. Inputs are
     converted to the engine's dtypes; Python numbers serve for scalar tensors. Floating
     outputs have the dtype of the first floating input that was given, and lie on its device, as they
-    would with a model of that dtype.
+    would with a model of that dtype. A call with several times the rows that the engine was built for (guidance:
+    without the condition, with it) is answered in as many turns. ``scales`` are values of inputs that a call may
+    leave out, and that a pipeline does not know: its own, where passes added some.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class EngineModule(nn.Module):
         self.library = library
         self.class_name = class_name
         self.precision: torch.dtype | None = None
+        self.scales: dict[str, float] = signature.defaults
         self._device = torch.device("cpu")
         original = library_class(library, class_name)
         if original is not None:
@@ -145,13 +148,20 @@ class EngineModule(nn.Module):
             if len(args) > index:
                 return_dict = args[index]
                 args = (*args[:index], None, *args[index + 1 :])
-        given = self.signature.bind(args, kwargs)
-        tensors = self.checked(given)
+        given = self.signature.bind(args, {**self.scales, **kwargs})
         like = next((v for v in given.values() if isinstance(v, Tensor) and v.is_floating_point()), None)
         if like is None and self.precision is not None:
             like = torch.empty(0, dtype=self.precision, device=self.device)
-        found = {name: _as(value, like) for name, value in self.runner(tensors).items()}
+        found = {name: _as(value, like) for name, value in self._answer(given).items()}
         return self.signature.result(found, return_dict=return_dict)
+
+    def _answer(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the engine gives, in as many calls as the rows need."""
+        turns = in_turns(self.inputs, given)
+        answers = [dict(self.runner(self.checked(turn))) for turn in turns]
+        if len(answers) == 1:
+            return answers[0]
+        return {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
 
     def checked(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """``given`` (tensors, arrays or numbers, by input name) as the engine takes them, on the CPU.
@@ -220,6 +230,25 @@ def component_of(engines: Mapping[str, EngineModule]) -> EngineModule:
     for engine in engines.values():
         methods.setdefault(engine.signature.method, engine)
     return methods[FORWARD] if set(methods) == {FORWARD} else EngineMethods(methods)
+
+
+def in_turns(specs: Sequence[TensorSpec], given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """``given`` in as many calls as it has the rows of, where every input with a batch has k times the engine's.
+
+    An input that has the engine's own rows goes into each. Where rows do not fit, ``given`` as it is.
+    """
+    tall: dict[str, int] = {}
+    for spec in specs:
+        shape = tuple(getattr(given.get(spec.name), "shape", ()))
+        if len(shape) == len(spec.shape) and shape and isinstance(spec.shape[0], int) and shape[0] != spec.shape[0]:
+            tall[spec.name] = spec.shape[0]
+    counts = {given[name].shape[0] / rows for name, rows in tall.items() if rows}
+    if len(counts) != 1 or not (count := counts.pop()).is_integer() or count < 1:
+        return [given]
+    return [
+        {name: value[k * tall[name] : (k + 1) * tall[name]] if name in tall else value for name, value in given.items()}
+        for k in range(int(count))
+    ]
 
 
 def _with_signature(call: Any, original: Any) -> Any:

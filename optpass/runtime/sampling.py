@@ -18,6 +18,7 @@ from optpass.ir.loop import Listed, Loop, usual_steps
 from optpass.quiet import first_lines
 from optpass.runtime.folder import OWN_CLASS, build_pipeline
 from optpass.runtime.looped import LoopModule
+from optpass.runtime.module import EngineModule
 
 GUIDANCE, UNGUIDED = 3.0, 1.0
 """Scales of classifier-free guidance: of samples for reports, and the one that is none."""
@@ -52,7 +53,12 @@ class Asked:
 
 
 def usual_guidance(loop: Loop | None, otherwise: float | None) -> float | None:
-    """The scale of guidance where nobody says: none for a model that is made to be asked once a step."""
+    """The scale of guidance where nobody says: none for a model that is made to be asked once a step.
+
+    ``None`` for a model that takes scales itself, whose own they are.
+    """
+    if loop and loop.signature.defaults:
+        return None
     return UNGUIDED if loop and loop.sampling and loop.sampling.guidance == 1 else otherwise
 
 
@@ -113,6 +119,7 @@ def drive(
     moving = False
     labelled = takes_labels(pipeline)
     _tell_steps(pipeline, asked)
+    asked = _tell_scales(pipeline, asked)
     numbers = [asked.labels[i % len(asked.labels)] if labelled else i for i in range(samples)]
     for index, number in enumerate(numbers):
         # One sample a call: an engine has the batch that it was built for, two with guidance.
@@ -140,6 +147,19 @@ def _tell_steps(pipeline: Any, asked: Asked) -> None:
         pass
     for module in looped:
         module.steps = calls
+
+
+def _tell_scales(pipeline: Any, asked: Asked) -> Asked:
+    """Tell modules that take scales of guidance those that are asked for; the pipeline is to ask once a step then."""
+    taking = [each for each in pipeline.components.values() if isinstance(each, EngineModule) and each.scales]
+    if not taking:
+        return asked
+    known = {**({"guidance_scale": asked.guidance} if asked.guidance is not None else {}), **asked.call}
+    for module in taking:
+        module.scales |= {name: float(known[name]) for name in module.scales if name in known}
+    of_modules = {name for module in taking for name in module.scales}
+    left = {name: value for name, value in asked.call.items() if name not in of_modules}
+    return replace(asked, guidance=UNGUIDED, call=left)
 
 
 def takes_labels(pipeline: Any) -> bool:

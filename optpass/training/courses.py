@@ -25,15 +25,14 @@ from optpass.ir.interface import Interface
 from optpass.ir.program import InputRange, Program
 from optpass.pipeline.target import Runner
 from optpass.quiet import first_lines
-from optpass.runtime.folder import build_pipeline
-from optpass.runtime.module import EngineModule
-from optpass.runtime.sampling import Asked, drive
+from optpass.training.asking import STRIDE, Asking
 from optpass.training.networks import Network
+from optpass.training.watched import WatchedPipeline
 
 LOOKED_AT = 64
 """Items of a dataset that its hash is taken of, evenly spaced, beside their number."""
-STRIDE = 1_000_003
-"""Between the seeds of two courses' parts, so that no two of usual runs meet."""
+MIXED = 4
+"""Generations in a course whose steps hand nothing on. Their calls come in a random order: those of one are alike."""
 
 
 @dataclass(frozen=True)
@@ -142,30 +141,34 @@ class RandomCourses(Courses):
 class Trajectories(Courses):
     """A generation of the pipeline each, driven by the teacher or, in a share of them, by the student itself.
 
-    Who drives decides which states come; the teacher's answer to each is what the student is to learn. ``asked`` has
-    the classes in turn.
+    Who drives decides which states come; the teacher's answer to each is what the student is to learn. The calls of
+    several generations come in a random order, unless the student's steps hand something on.
 
     Source: DAgger (arXiv 1011.0686) as DDIL (arXiv 2410.11971) has it: states of the student mixed in.
     """
 
-    def __init__(self, folder: Path, teacher: Network, asked: Asked, *, student_states: float, seed: int) -> None:
+    def __init__(
+        self, folder: Path, teacher: Network, asking: Asking, *, student_states: float, in_order: bool
+    ) -> None:
         """
         Raises:
             UserError: the folder's pipeline cannot be built.
         """
-        self._asked, self._share, self._seed = asked, student_states, seed
-        self._component = teacher.program.origin.component
-        self._teacher = teacher.program
-        self._call = teacher.call
-        # Once: the other models are read only the first time.
-        self._pipeline = build_pipeline(folder, {self._component: self._module(_unanswered)})
-        self.source = f"trajectories of the pipeline in {asked.steps or 'its own number of'} steps"
+        self._asking, self._share, self._call, self._in_order = asking, student_states, teacher.call, in_order
+        self._pipeline = WatchedPipeline(folder, teacher)
+        self.source = f"trajectories of the pipeline in {asking.asked.steps or 'its own number of'} steps"
         self.digest = folder_digest(folder)
 
     def course(self, index: int, student: Callable[[], Runner], teacher: Callable[[], Runner]) -> list[Lesson]:
-        generator = torch.Generator().manual_seed(self._seed * STRIDE + index)
+        if self._in_order:
+            return self._generation(index, student, teacher())
+        learns, teaches = student(), teacher()
+        return mixed(index, lambda number: self._generation(number, lambda: learns, teaches))
+
+    def _generation(self, number: int, student: Callable[[], Runner], teach: Runner) -> list[Lesson]:
+        generator = self._asking.generator(number)
         student_drives = float(torch.rand((), generator=generator)) < self._share
-        teach, drives = teacher(), student() if student_drives else None
+        drives = student() if student_drives else None
         lessons: list[Lesson] = []
 
         def answer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -176,18 +179,14 @@ class Trajectories(Courses):
             given = drives(inputs) if drives is not None else expected
             return {spec.name: given[spec.name].cpu() for spec in self._call.outputs}
 
-        setattr(self._pipeline, self._component, self._module(answer))
-        labels = self._asked.labels
-        asked = replace(self._asked, labels=(labels[index % len(labels)],))
-        drive(self._pipeline, samples=1, asked=asked, seed=self._seed * STRIDE + index)
+        self._pipeline.drive(answer, self._asking.turn(number, generator), self._asking.seed_of(number))
         return lessons
 
-    def _module(self, runner: Runner) -> EngineModule:
-        call, origin = self._call, self._teacher.origin
-        graph = next(iter(self._teacher.entries.values()))
-        signature = self._teacher.loop.signature if self._teacher.loop else graph.signature
-        facts: dict[str, Any] = {"config": origin.config, "library": origin.library, "class_name": origin.class_name}
-        return EngineModule(signature, call.inputs, call.outputs, runner, dimensions=call.dimensions, **facts)
+
+def mixed(index: int, generation: Callable[[int], list[Lesson]]) -> list[Lesson]:
+    """The ``index``-th course of :data:`MIXED` generations, in an order that PyTorch's generator draws."""
+    lessons = [lesson for number in range(index * MIXED, (index + 1) * MIXED) for lesson in generation(number)]
+    return [lessons[place] for place in torch.randperm(len(lessons)).tolist()]
 
 
 @contextmanager
@@ -213,10 +212,6 @@ def folder_digest(folder: Path) -> str:
         found.update(f"{path.relative_to(folder).as_posix()} {status.st_size}\n".encode())
         found.update(path.read_bytes() if path.suffix == ".json" else f"{status.st_mtime_ns}\n".encode())
     return found.hexdigest()
-
-
-def _unanswered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    raise AssertionError("no course is on its way")
 
 
 def _rows(call: Interface) -> int | None:

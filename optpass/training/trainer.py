@@ -16,9 +16,10 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
 from optpass.errors import UserError
-from optpass.training.courses import STRIDE, Courses, Lesson, seeded
-from optpass.training.losses import Criterion
+from optpass.training.asking import STRIDE
+from optpass.training.courses import Courses, Lesson, seeded
 from optpass.training.networks import Network
+from optpass.training.objective import Objective
 from optpass.training.state import Folder, Progress
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -60,7 +61,7 @@ class Settings:
 
 @dataclass
 class Trainer:
-    """Trains ``student`` towards ``teacher``; ``tell`` hears how far it is, and the loss.
+    """Trains ``student`` for an ``objective``, beside its ``teacher``; ``tell`` hears how far it is, and the loss.
 
     What a course holds depends on its number, the seed, and where the student drives on its weights alone. So a
     checkpoint between two courses has all that the rest depends on: weights, the optimiser's moments, the number.
@@ -69,7 +70,7 @@ class Trainer:
     student: Network
     teacher: Network
     courses: Courses
-    criterion: Criterion
+    objective: Objective
     settings: Settings
     accelerator: Accelerator
     folder: Folder
@@ -125,11 +126,7 @@ class Trainer:
         found: list[dict[str, float]] = []
         for lesson in lessons:
             with self.accelerator.autocast():
-                expected = lesson.expected
-                if expected is None:
-                    with torch.no_grad():
-                        expected = teach(lesson.inputs)
-                terms = self.criterion.terms(learn(lesson.inputs), expected, lesson.batch)
+                terms = self.objective.terms(lesson, learn, teach)
             loss = torch.stack(list(terms.values())).sum()
             told = {TOTAL: float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
             self._check(told)
@@ -139,9 +136,12 @@ class Trainer:
         if not found:
             return
         self._step()
+        told = self.objective.step(self.progress.updates, len(lessons))
+        self._check(told)
         for name in found[0]:
-            values = [told.get(name, 0.0) for told in found]
-            self.progress.losses.setdefault(name, []).append(sum(values) / len(values))
+            told[name] = sum(each.get(name, 0.0) for each in found) / len(found)
+        for name, value in told.items():
+            self.progress.losses.setdefault(name, []).append(value)
         self._report()
 
     def _step(self) -> None:
@@ -183,6 +183,7 @@ class Trainer:
                 "parameters": {name: value.detach().cpu() for name, value in self._parameters.items()},
                 "optimiser": self._optimiser.state_dict(),
                 "average": self._average,
+                "objective": self.objective.state(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
         )
@@ -198,6 +199,7 @@ class Trainer:
             for name, mean in (self._average or {}).items():
                 mean.copy_(saved["average"][name])
         self._optimiser.load_state_dict(saved["optimiser"])
+        self.objective.restore(saved["objective"])
         if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
             scaler.load_state_dict(saved["scaler"])
 

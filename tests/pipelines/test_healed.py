@@ -19,6 +19,7 @@ from optpass.pipeline.manager import PassRecord, run_passes
 from optpass.pipeline.recipe import Step, load_recipe, make_recipe
 from optpass.pipeline.request import Request
 from optpass.runtime.sampling import Asked
+from optpass.training.asking import Asking
 from optpass.training.courses import Trajectories
 from optpass.training.networks import Network, Values
 
@@ -34,7 +35,8 @@ def errors(original: Program, program: Program, folder: Path, *, steps: int, sha
     """Σ(a − b)² / Σb² of the answers at every step of a generation, against those of ``original``."""
     values = Values(torch.device("cpu"))
     teacher, student = Network(original, values), Network(program, values)
-    courses = Trajectories(folder, teacher, Asked(steps=steps, labels=(4,)), student_states=share, seed=seed)
+    asking = Asking(Asked(steps=steps, labels=(4,)), seed=seed)
+    courses = Trajectories(folder, teacher, asking, student_states=share, in_order=True)
     lessons, run, found = courses.course(0, student.runner, teacher.runner), student.runner(), []
     for lesson in lessons:
         assert lesson.expected is not None

@@ -52,8 +52,28 @@ def test_the_result_has_the_callers_dtype(dtype: torch.dtype, engine: EngineModu
 
 
 def test_another_shape_says_how_to_rebuild(engine: EngineModule) -> None:
-    with pytest.raises(UserError, match=r"'sample' has the shape \[4, 6\].*\[2, 6\].*--inputs sample=4x6"):
-        engine(torch.zeros(4, 6), 1)
+    with pytest.raises(UserError, match=r"'sample' has the shape \[3, 6\].*\[2, 6\].*--inputs sample=3x6"):
+        engine(torch.zeros(3, 6), 1)
+
+
+def test_more_rows_are_answered_in_turns(engine: EngineModule, program: Program) -> None:
+    rows = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(engine(rows, 3)["sample"], expected(program, rows, 3.0))
+
+
+def test_rows_that_do_not_go_together_are_refused() -> None:
+    program, _ = capture_module(Sum, left=torch.zeros(2, 3), right=torch.zeros(2, 3))
+    module = program_module(program)
+    assert module(torch.ones(4, 3), torch.ones(4, 3)).shape == (4, 3)
+    # What has the engine's own rows goes into every turn.
+    assert torch.equal(module(torch.ones(4, 3), torch.eye(2, 3)), 1 + torch.eye(2, 3).repeat(2, 1))
+    with pytest.raises(UserError, match="has the shape"):
+        module(torch.ones(4, 3), torch.ones(6, 3))
+
+
+class Sum(nn.Module):
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return left + right
 
 
 def test_wrong_arguments_are_named(engine: EngineModule) -> None:
