@@ -1,0 +1,155 @@
+"""The pass ``distill-steps``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from optpass.errors import UserError
+from optpass.evaluate.given_data import given_items
+from optpass.ir.loop import Listed, Sampling
+from optpass.ir.program import Program
+from optpass.pipeline.contract import approximate
+from optpass.pipeline.passes import Context
+from optpass.rewrite.stepping import computed_entry, without_loop
+from optpass.training.adversarial import Adversarial, discriminator_for
+from optpass.training.clean import Generated, given_clean
+from optpass.training.courses import Courses
+from optpass.training.diffusion import Diffusion
+from optpass.training.networks import Network, Values
+from optpass.training.objective import Objective
+from optpass.training.step_objectives import Consistency, Denoising, Matching
+from optpass.training.trainable import chosen
+from optpass.training.trainer import accelerated
+from optpass.training.training_pass import TrainingPass
+from optpass.training.watched import WatchedPipeline
+
+Method = Literal["consistency", "matching", "adversarial"]
+
+
+class DistillSteps(TrainingPass):
+    """a model that is sampled in many steps → the same graph, trained to be sampled in `into` of them.
+
+    `consistency` learns to answer as it does one step of the teacher's further on; `matching` lets the distribution
+    of its samples follow the gradient between two scores, the teacher's and that of its own samples; `adversarial`
+    trains against heads on the features of the teacher's encoder, at noised samples, and against the clean
+    sample itself (`reconstruction`). All weights are trained.
+
+    What is trained on are clean samples with their conditions: `data` (a folder of tensors, or a dataset by import
+    path or in a Python file, whose items are the model's inputs by name but for the time), or `samples` generations
+    of the teacher's, in `steps` steps. The teacher is the model as it goes into this pass: guidance is distilled before
+    (distill-guidance), and its scales stay at their defaults, or the pipeline asks for none.
+
+    Afterwards the Program is made for `into` steps: `optpass run`, samples and gates take so many.
+
+    Leaves alone: nothing; it is one model. Refuses a model without a loop or with a cache, a model of a pipeline whose
+    schedule preserves no variance, and one whose first step of `into` would not start from noise.
+
+    Source: consistency distillation, arXiv 2303.01469, as LCM, arXiv 2310.04378, has it, with the student's states
+    of DDIL, arXiv 2410.11971; distribution matching, arXiv 2311.18828; SF-V, arXiv 2406.04324, and MoViE, arXiv
+    2412.06578, algorithm 2.
+    """
+
+    method: Method = Field(description="what the student is trained by")
+    into: int = Field(1, ge=1, le=64, description="sampling steps afterwards")
+    data: str | None = Field(
+        None, description="a folder of tensors, module:name or file.py:name of a dataset of clean samples"
+    )
+    samples: int = Field(256, ge=1, description="generations of the teacher's, where there is no data")
+    ladder: int = Field(50, ge=2, description="consistency: timesteps in all, of which one step is learnt at a time")
+    student_states: float = Field(0.25, ge=0, le=1, description="consistency: share that starts from its own samples")
+    features: tuple[str, ...] = Field(
+        ("down_blocks.?", "mid_block"), description="adversarial: modules whose outputs the discriminator sees"
+    )
+    noise: tuple[float, float] = Field(
+        (-1.0, 1.0), description="adversarial: mean and deviation of the logit of the timestep that it sees them at"
+    )
+    reconstruction: float = Field(0.1, ge=0, description="adversarial: weight of the loss against the clean sample")
+    penalty: float = Field(1e-4, ge=0, description="adversarial: weight of R1 on the features")
+    critic_rate: float | None = Field(
+        None, gt=0, description="learning rate of the discriminator, or of its own score; 2 to 10 times its own"
+    )
+
+    contract = approximate()
+    needs = "generations of the pipeline, or data"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.method == "consistency" and self.ladder < self.into:
+            raise ValueError(f"ladder: {self.ladder} timesteps are fewer than the {self.into} that are to be sampled")
+        return self
+
+    def requires(self, program: Program) -> list[str]:
+        return list(self._refusals(program))
+
+    def _refusals(self, program: Program) -> Iterator[str]:
+        loop = program.loop
+        if loop is None:
+            yield from without_loop(program)
+            return
+        if not program.origin.pipeline or program.origin.path is None:
+            yield "the schedule is the pipeline's: give the folder of the whole pipeline, not of the model alone"
+        if computed_entry(loop) is None or not loop.stateless:
+            yield "its steps are split already: put distill-steps in front of passes that cache"
+        if isinstance(loop.schedule, Listed):
+            yield f"the schedule lists steps of {loop.schedule.of}"
+        if loop.sampling and loop.sampling.guidance > 1 and self.guidance != 1:
+            yield (
+                f"it is sampled with guidance, {loop.sampling.guidance} evaluations a step, and would be without: put "
+                "distill-guidance in front, or say guidance: 1"
+            )
+        yield from self.untrainable(program)
+
+    def run(self, program: Program, context: Context) -> Program:
+        assert program.loop is not None
+        names = self.trained_names(program, chosen(program, "all", ()), context)
+        with accelerated(self.precision, self.device) as accelerator:
+            values = Values(accelerator.device)
+            networks = Network(program, values, names), Network(program, values)
+            assert program.origin.path is not None
+            pipeline = WatchedPipeline(program.origin.path, networks[1])
+            denoising = Denoising(Diffusion.of(pipeline.scheduler, self.into), networks[0].call, program.loop)
+            courses = self._courses(program, networks[1], pipeline, program.origin.path)
+            self.hold(courses, self.data)
+            made = self.trained(
+                program,
+                networks,
+                courses,
+                lambda: self._objective(program, denoising, networks[0], values, accelerator.device),
+                accelerator,
+                context,
+                models=(program,),
+            )
+        return replace(made, loop=replace(program.loop, sampling=Sampling(self.into, 1)))
+
+    def _courses(self, program: Program, teacher: Network, pipeline: WatchedPipeline, folder: Path) -> Courses:
+        assert program.loop is not None
+        if self.data is not None:
+            items = given_items(self.data, program, teacher.call)
+            return given_clean(items, teacher, program.loop, self.data, calls=self.calls, seed=self.seed)
+        asking = self.asking(program)
+        if self.method == "matching":
+            # Of the generations it takes the conditions alone.
+            asking = replace(asking, asked=replace(asking.asked, steps=1))
+        return Generated(pipeline, folder, asking, program.loop, number=self.samples, calls=self.calls)
+
+    def _objective(
+        self, program: Program, denoising: Denoising, student: Network, values: Values, device: torch.device
+    ) -> Objective:
+        names = list(student.parameters)
+        if self.method == "consistency":
+            places = torch.linspace(denoising.diffusion.timesteps[0], 0, self.ladder + 1)[:-1].round().int().tolist()
+            return Consistency(denoising, student, Network(program, values, names), places, self.student_states)
+        if self.method == "matching":
+            return Matching(denoising, Network(program, values, names), self.critic_rate or 2 * self.learning_rate)
+        try:
+            seen = discriminator_for(program, self.features, values, seed=self.seed)
+        except ValueError as error:
+            raise UserError(f"features: {error}") from None
+        rate = self.critic_rate or 10 * self.learning_rate
+        return Adversarial(denoising, seen.to(device), rate, self.noise, self.reconstruction, self.penalty)
