@@ -316,6 +316,7 @@ def sam2(side=4):
     return Tracker()
 
 
+@pytest.mark.slow
 def test_sam2s_memory_attention(capture_module, monkeypatch):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
