@@ -111,48 +111,50 @@ def differs(program, arguments, expected):
 
 
 GOLDEN = """\
-  %expand = expand(@queries, [1, -1, -1]) : f32[1, 3, 8]  ; (root)
-  %layer_norm = layer_norm(%expand, [8], @norms.0.weight, @norms.0.bias, 1e-05, False) : f32[1, 3, 8]  ; norms.0
-  %linear = linear(%layer_norm, @layers.0.q.weight, @layers.0.q.bias) : f32[1, 3, 8]  ; layers.0.q
   %reshape_default = reshape(%flatten, [1, 3, 2, 6]) : f32[1, 3, 2, 6]  ; layers.0.k
-  %slice_tensor = slice.Tensor(%reshape_default, 1, 0, 2) : f32[1, 2, 2, 6]  ; layers.0.k
-  %full_default = full([1, 2, 2], 1.0, dtype=f32) : f32[1, 2, 2]  ; layers.0.k
-  %full_default_1 = full([1, 1, 2], 1.0, dtype=f32) : f32[1, 1, 2]  ; layers.0.k
-  %arange_default = arange(2) : i64[2]  ; layers.0.k
-  %reshape_default_1 = reshape(%arange_default, [1, -1, 1]) : i64[1, 2, 1]  ; layers.0.k
-  %slice_tensor_1 = slice.Tensor(%reshape_default, 1, 2, 3) : f32[1, 1, 2, 6]  ; layers.0.k
-  %cat_default = cat([%slice_tensor, %slice_tensor_1], 1) : f32[1, 3, 2, 6]  ; layers.0.k
-  %cat_default_1 = cat([%full_default, %full_default_1], 1) : f32[1, 3, 2]  ; layers.0.k
-  %slice_tensor_2 = slice.Tensor(%cat_default, 1, 0, 2) : f32[1, 2, 2, 6]  ; layers.0.k
-  %slice_tensor_3 = slice.Tensor(%cat_default, 1, 1, 3) : f32[1, 2, 2, 6]  ; layers.0.k
-  %mul_tensor = mul.Tensor(%cat_default, %cat_default) : f32[1, 3, 2, 6]  ; layers.0.k
-  %sum_dim_int_list = sum.dim_IntList(%mul_tensor, [-1]) : f32[1, 3, 2]  ; layers.0.k
-  %sqrt_default = sqrt(%sum_dim_int_list) : f32[1, 3, 2]  ; layers.0.k
-  %clamp_default = clamp(%sqrt_default, 1e-08) : f32[1, 3, 2]  ; layers.0.k
-  %mul_tensor_1 = mul.Tensor(%slice_tensor_2, %slice_tensor_3) : f32[1, 2, 2, 6]  ; layers.0.k
-  %sum_dim_int_list_1 = sum.dim_IntList(%mul_tensor_1, [-1]) : f32[1, 2, 2]  ; layers.0.k
-  %slice_tensor_4 = slice.Tensor(%clamp_default, 1, 0, 2) : f32[1, 2, 2]  ; layers.0.k
-  %slice_tensor_5 = slice.Tensor(%clamp_default, 1, 1, 3) : f32[1, 2, 2]  ; layers.0.k
-  %mul_tensor_2 = mul.Tensor(%slice_tensor_4, %slice_tensor_5) : f32[1, 2, 2]  ; layers.0.k
-  %div_tensor = div.Tensor(%sum_dim_int_list_1, %mul_tensor_2) : f32[1, 2, 2]  ; layers.0.k
-  %argmax_default = argmax(%div_tensor, 1, True) : i64[1, 1, 2]  ; layers.0.k
-  %slice_tensor_6 = slice.Tensor(%cat_default_1, 1, 0, 2) : f32[1, 2, 2]  ; layers.0.k
-  %slice_tensor_7 = slice.Tensor(%cat_default_1, 1, 1, 3) : f32[1, 2, 2]  ; layers.0.k
-  %le_tensor = le.Tensor(%reshape_default_1, %argmax_default) : bool[1, 2, 2]  ; layers.0.k
-  %to_dtype = to.dtype(%le_tensor, f32) : f32[1, 2, 2]  ; layers.0.k
-  %mul_tensor_3 = mul.Tensor(%slice_tensor_6, %to_dtype) : f32[1, 2, 2]  ; layers.0.k
-  %ge_tensor = ge.Tensor(%reshape_default_1, %argmax_default) : bool[1, 2, 2]  ; layers.0.k
-  %to_dtype_1 = to.dtype(%ge_tensor, f32) : f32[1, 2, 2]  ; layers.0.k
-  %mul_tensor_4 = mul.Tensor(%slice_tensor_7, %to_dtype_1) : f32[1, 2, 2]  ; layers.0.k
-  %add_tensor = add.Tensor(%mul_tensor_3, %mul_tensor_4) : f32[1, 2, 2]  ; layers.0.k
-  %div_tensor_1 = div.Tensor(%mul_tensor_3, %add_tensor) : f32[1, 2, 2]  ; layers.0.k
-  %unsqueeze_default = unsqueeze(%div_tensor_1, -1) : f32[1, 2, 2, 1]  ; layers.0.k
-  %mul_tensor_5 = mul.Tensor(%slice_tensor_2, %unsqueeze_default) : f32[1, 2, 2, 6]  ; layers.0.k
-  %div_tensor_2 = div.Tensor(%mul_tensor_4, %add_tensor) : f32[1, 2, 2]  ; layers.0.k
-  %unsqueeze_default_1 = unsqueeze(%div_tensor_2, -1) : f32[1, 2, 2, 1]  ; layers.0.k
-  %mul_tensor_6 = mul.Tensor(%slice_tensor_3, %unsqueeze_default_1) : f32[1, 2, 2, 6]  ; layers.0.k
-  %add_tensor_1 = add.Tensor(%mul_tensor_5, %mul_tensor_6) : f32[1, 2, 2, 6]  ; layers.0.k
-  %reshape_default_2 = reshape(%add_tensor_1, [1, 4, 6]) : f32[1, 4, 6]  ; layers.0.k
+  %permute_default = permute(%reshape_default, [0, 2, 1, 3]) : f32[1, 2, 3, 6]  ; layers.0.k
+  %arange_default = arange(3) : i64[3]  ; layers.0.k
+  %reshape_default_1 = reshape(%arange_default, [3, 1]) : i64[3, 1]  ; layers.0.k
+  %eq_tensor = eq.Tensor(%reshape_default_1, %arange_default) : bool[3, 3]  ; layers.0.k
+  %to_dtype = to.dtype(%eq_tensor, f32) : f32[3, 3]  ; layers.0.k
+  %expand_default = expand(%to_dtype, [1, 2, 3, 3]) : f32[1, 2, 3, 3]  ; layers.0.k
+  %transpose_int = transpose.int(%permute_default, 2, 3) : f32[1, 2, 6, 3]  ; layers.0.k
+  %matmul_default = matmul(%permute_default, %transpose_int) : f32[1, 2, 3, 3]  ; layers.0.k
+  %cat_default = cat([%expand_default, %matmul_default], 3) : f32[1, 2, 3, 6]  ; layers.0.k
+  %slice_tensor = slice.Tensor(%cat_default, 2, 0, 2) : f32[1, 2, 2, 6]  ; layers.0.k
+  %slice_tensor_1 = slice.Tensor(%reshape_default_1, 0, 0, 2) : i64[2, 1]  ; layers.0.k
+  %slice_tensor_2 = slice.Tensor(%cat_default, 2, 2, 3) : f32[1, 2, 1, 6]  ; layers.0.k
+  %cat_default_1 = cat([%slice_tensor, %slice_tensor_2], 2) : f32[1, 2, 3, 6]  ; layers.0.k
+  %slice_tensor_3 = slice.Tensor(%cat_default_1, 2, 0, 2) : f32[1, 2, 2, 6]  ; layers.0.k
+  %slice_tensor_4 = slice.Tensor(%cat_default_1, 2, 1, 3) : f32[1, 2, 2, 6]  ; layers.0.k
+  %slice_tensor_5 = slice.Tensor(%cat_default_1, 3, 0, 3) : f32[1, 2, 3, 3]  ; layers.0.k
+  %slice_tensor_6 = slice.Tensor(%cat_default_1, 3, 3, 6) : f32[1, 2, 3, 3]  ; layers.0.k
+  %mul_tensor = mul.Tensor(%slice_tensor_5, %slice_tensor_6) : f32[1, 2, 3, 3]  ; layers.0.k
+  %sum_dim_int_list = sum.dim_IntList(%mul_tensor, [-1], True) : f32[1, 2, 3, 1]  ; layers.0.k
+  %clamp_default = clamp(%sum_dim_int_list, 1e-16) : f32[1, 2, 3, 1]  ; layers.0.k
+  %sqrt_default = sqrt(%clamp_default) : f32[1, 2, 3, 1]  ; layers.0.k
+  %slice_tensor_8 = slice.Tensor(%slice_tensor_5, 2, 1, 3) : f32[1, 2, 2, 3]  ; layers.0.k
+  %slice_tensor_9 = slice.Tensor(%slice_tensor_6, 2, 0, 2) : f32[1, 2, 2, 3]  ; layers.0.k
+  %mul_tensor_1 = mul.Tensor(%slice_tensor_8, %slice_tensor_9) : f32[1, 2, 2, 3]  ; layers.0.k
+  %sum_dim_int_list_1 = sum.dim_IntList(%mul_tensor_1, [-1], True) : f32[1, 2, 2, 1]  ; layers.0.k
+  %slice_tensor_11 = slice.Tensor(%sqrt_default, 2, 0, 2) : f32[1, 2, 2, 1]  ; layers.0.k
+  %slice_tensor_12 = slice.Tensor(%sqrt_default, 2, 1, 3) : f32[1, 2, 2, 1]  ; layers.0.k
+  %mul_tensor_2 = mul.Tensor(%slice_tensor_11, %slice_tensor_12) : f32[1, 2, 2, 1]  ; layers.0.k
+  %div_tensor = div.Tensor(%sum_dim_int_list_1, %mul_tensor_2) : f32[1, 2, 2, 1]  ; layers.0.k
+  %argmax_default = argmax(%div_tensor, 2, True) : i64[1, 2, 1, 1]  ; layers.0.k
+  %le_tensor = le.Tensor(%slice_tensor_1, %argmax_default) : bool[1, 2, 2, 1]  ; layers.0.k
+  %ge_tensor = ge.Tensor(%slice_tensor_1, %argmax_default) : bool[1, 2, 2, 1]  ; layers.0.k
+  %to_dtype_1 = to.dtype(%le_tensor, f32) : f32[1, 2, 2, 1]  ; layers.0.k
+  %mul_tensor_3 = mul.Tensor(%slice_tensor_3, %to_dtype_1) : f32[1, 2, 2, 6]  ; layers.0.k
+  %to_dtype_2 = to.dtype(%ge_tensor, f32) : f32[1, 2, 2, 1]  ; layers.0.k
+  %mul_tensor_4 = mul.Tensor(%slice_tensor_4, %to_dtype_2) : f32[1, 2, 2, 6]  ; layers.0.k
+  %add_tensor = add.Tensor(%mul_tensor_3, %mul_tensor_4) : f32[1, 2, 2, 6]  ; layers.0.k
+  %slice_tensor_13 = slice.Tensor(%add_tensor, 3, 0, 3) : f32[1, 2, 2, 3]  ; layers.0.k
+  %sum_dim_int_list_2 = sum.dim_IntList(%slice_tensor_13, [-1], True) : f32[1, 2, 2, 1]  ; layers.0.k
+  %div_tensor_1 = div.Tensor(%slice_tensor_13, %sum_dim_int_list_2) : f32[1, 2, 2, 3]  ; layers.0.k
+  %matmul_default_1 = matmul(%div_tensor_1, %permute_default) : f32[1, 2, 2, 6]  ; layers.0.k
+  %permute_default_1 = permute(%matmul_default_1, [0, 2, 1, 3]) : f32[1, 2, 2, 6]  ; layers.0.k
+  %reshape_default_2 = reshape(%permute_default_1, [1, 4, 6]) : f32[1, 4, 6]  ; layers.0.k
   %linear_1 = linear(%reshape_default_2, @layers.0.k.weight, @layers.0.k.bias) : f32[1, 4, 8]  ; layers.0.k
   %linear_2 = linear(%reshape_default_2, @layers.0.v.weight, @layers.0.v.bias) : f32[1, 4, 8]  ; layers.0.v
 """
@@ -193,8 +195,9 @@ def test_invariants(capture_module):
     reader = next(node for node in graph.calls if node.target is torch.ops.aten.reshape.default)
     with graph.before(reader.next):
         bank = BankWriter(graph, 4, reader).filled(reader, 11)
-    both = subgraph(graph, inputs={}, outputs={"frames": bank.frames, "sizes": bank.sizes})
-    frames, sizes = both.module(program.weights)(video)
+    both = subgraph(graph, inputs={}, outputs={"vectors": bank.vectors, "sizes": bank.sizes})
+    frames, sizes = (each.transpose(1, 2) for each in both.module(program.weights)(video))
+    sizes = sizes.squeeze(-1)
     expected, counts = bank_of(video, 4)
     assert torch.equal(sizes, counts.to(sizes.dtype))
     torch.testing.assert_close(frames, expected, rtol=1e-5, atol=1e-6)
@@ -310,8 +313,8 @@ def test_half_precision(capture_module):
     program, _ = capture_module(lambda: Reader().half(), features=video)
     after, _ = banked(program, length=6, frames=7)
     text = graph_text(after.entries["full"])
-    assert "argmax_default = argmax(%div_tensor, 1, True) : i64[2, 1, 5]" in text
-    assert "%add_tensor_1 = add.Tensor(%mul_tensor_5, %mul_tensor_6) : f32[2, 6, 5, 6]" in text
+    assert "argmax(%div_tensor, 2, True) : i64[2, 5, 1, 1]" in text
+    assert "%matmul_default_1 = matmul(%div_tensor_1, %permute_default) : f32[2, 5, 6, 6]" in text
     assert "f16[2, 30, 8]" in text
 
 
