@@ -281,6 +281,7 @@ def test_open_sizes(capture_shared):
         assert differs(after, arguments, expected(net, arguments["x"], keys, 3)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_onnxruntime(capture_module, tmp_path):
     arguments = inputs()
     program, net = capture_module(Memory, **arguments)
