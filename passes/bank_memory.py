@@ -32,7 +32,7 @@ class BankMemory(Pass):
     Leaves alone, with the reason: videos that fit into the bank; self-attention; masks; keys and values that are not
     projections of one value, or to which something is added afterwards for every key (rotary embeddings).
 
-    Source: MA-LMM, He et al., CVPR 2024, arXiv 2404.05726, section 3.2, the visual bank in the released form. The
+    Source: MA-LMM, He et al., CVPR 2024, arXiv 2404.05726, section 3, the visual bank in the released form. The
     paper's bank of queries, which grows with a stream's answers, has no place in a call that sees a whole video.
     """
 

@@ -38,7 +38,7 @@ class PoolMemory(Pass):
     attention, masks and biases of keys; keys that are means already; attention that is written out with the number
     of keys in it. The paper leaves a memory of one frame as it is, and trains with pooling: the error is measured.
 
-    Source: EfficientTAM, Xiong et al., arXiv 2411.18933, section 3.3, in the released form without fused attention
+    Source: EfficientTAM, Xiong et al., arXiv 2411.18933, section 3, in the released form without fused attention
     (the one with adds the constant to the keys' elements, which is another function).
     """
 

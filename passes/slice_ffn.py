@@ -24,9 +24,9 @@ class SliceFfn(Pass):
     """W₂·σ(W₁·x) → W₂[:, :k]·σ(W₁[:k]·x): the first k hidden units of every feed-forward, k = fraction · width.
 
     Feed-forwards are found in the graph: layers of a residual branch with an activation between them, plain or gated
-    (the units of value and gate go together, in one matrix or in two), beside an attention or after one. One
-    `fraction` is a MatFormer's granularity; a list has one for each feed-forward that matches, in the order in
-    which they run: Mix'n'Match. Widths are rounded down, to one unit at least.
+    (the units of value and gate go together, in one matrix or in two), with a depthwise convolution or without, beside
+    an attention or after one. One `fraction` is a MatFormer's granularity; a list has one for each feed-forward that
+    matches, in the order in which they run: Mix'n'Match. Widths are rounded down, to one unit at least.
 
     `order: prefix` takes units as they stand, which is how a MatFormer is trained: its slices share their units, and
     the smaller model is exactly what was trained as such (`trained: true`, and the contract is `approximate`). Of
@@ -38,7 +38,7 @@ class SliceFfn(Pass):
     slices the slice.
 
     Leaves alone, with the reason: layers whose result enters no residual stream (embeddings of time, heads), units
-    that an operator fixes, and what keeps all its units. Convolutions wider than a pixel are `prune-channels`'.
+    that an operator fixes, and what keeps all its units. Other convolutions wider than a pixel are `prune-channels`'.
 
     Source: MatFormer, Devvrit et al., NeurIPS 2024, arXiv 2310.07707, sections 3.1 and 3.3.
     """

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from optpass.analysis.axes import Axes, Fixed, Group
 from optpass.analysis.carriers import CATS
-from optpass.analysis.operators import CONVOLUTIONS, POINTWISE_BINARY, POINTWISE_UNARY, aten, is_view
+from optpass.analysis.operators import CONVOLUTIONS, POINTWISE_BINARY, POINTWISE_UNARY, argument, aten, is_view
 from optpass.analysis.residuals import Residual, residuals
 from optpass.ir.graph import Graph, shape_of
 from optpass.ir.program import Program
@@ -37,7 +37,8 @@ def feed_forwards(program: Program, axes: Axes) -> FeedForwards:
     """The feed-forwards of ``program``, analysed as ``axes``: plain, gated, side by side with an attention.
 
     Hidden units are what linear layers, or convolutions of one pixel, give, and others of the same branch sum over,
-    an activation being between. Two layers without one (low-rank adapters) are none. Time linear in the nodes.
+    an activation being between, and a depthwise convolution perhaps (SegFormer, Sana). Two layers
+    without an activation (low-rank adapters) are none. Time linear in the nodes.
     """
     products: dict[str, list[Node]] = {}
     within: dict[Node, set[Node]] = {}
@@ -87,8 +88,17 @@ def _note_products(graph: Graph, products: dict[str, list[Node]]) -> None:
 
 def _layers(item: Group | Fixed, role: str, products: Mapping[str, list[Node]]) -> frozenset[Node]:
     """The layers that give ``item`` ("out") or sum over it ("in"); none where one of them is another operator."""
-    layers = [node for part in item.slices if part.role == role for node in products.get(part.weight, ())]
+    products_of = (node for part in item.slices if part.role == role for node in products.get(part.weight, ()))
+    layers = [node for node in products_of if not _is_depthwise(node)]
     return frozenset(layers if all(map(_is_pointwise_layer, layers)) else ())
+
+
+def _is_depthwise(node: Node) -> bool:
+    """Whether a convolution gives every channel of what that channel was."""
+    if node.target not in CONVOLUTIONS:
+        return False
+    groups = int(argument(node, "groups"))
+    return groups > 1 and shape_of(node)[1] == groups == shape_of(node.all_input_nodes[0])[1]
 
 
 def _is_pointwise_layer(node: Node) -> bool:
@@ -116,7 +126,7 @@ def _sources(node: Node, streams: set[Node], passed: list[Node] | None = None) -
         node = pending.pop()
         if node.op != "call_function" or node in streams:
             continue
-        if node.target not in BETWEEN and not is_view(node):
+        if node.target not in BETWEEN and not is_view(node) and not _is_depthwise(node):
             found.add(node)
             continue
         if passed is not None:

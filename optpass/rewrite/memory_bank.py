@@ -9,7 +9,7 @@ on which frames a vector is of, [length, frames] of zeros and ones, with the pro
 both are added where vectors merge, and no vector is read before the end. Beside merging the vectors themselves, that
 is another order of summation.
 
-Source: MA-LMM, He et al., CVPR 2024, arXiv 2404.05726, section 3.2. Merging in coordinates is ours.
+Source: MA-LMM, He et al., CVPR 2024, arXiv 2404.05726, section 3. Merging in coordinates is ours.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Where all keys and values of a window are the same, this is the attention itself: window² equal terms of the softmax
 are one, window² times as large.
 
-Source: EfficientTAM, Xiong et al., arXiv 2411.18933, section 3.3, the form that has the constant in the logits. The
+Source: EfficientTAM, Xiong et al., arXiv 2411.18933, section 3, the form that has the constant in the logits. The
 released form for fused attention adds it to every element of a pooled key, which is another function.
 """
 

@@ -65,6 +65,17 @@ class Packed(Plain):
         return value * functional.gelu(gate)
 
 
+class Mixed(Plain):
+    """A depthwise convolution over the tokens, as in SegFormer and PVTv2."""
+
+    def __init__(self, hidden=16):
+        super().__init__(hidden)
+        self.depthwise = nn.Conv1d(hidden, hidden, 3, padding=1, groups=hidden)
+
+    def hidden(self, x):
+        return functional.gelu(self.depthwise(self.up(x).mT).mT)
+
+
 class Net(nn.Module):
     """Blocks of one attention-free mixer and a feed-forward, behind an embedding of time that is no feed-forward."""
 
@@ -141,7 +152,7 @@ def differs(program, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("ffn", [Plain, Gated, Packed])
+@pytest.mark.parametrize("ffn", [Plain, Gated, Packed, Mixed])
 @pytest.mark.parametrize(("fraction", "counts"), [(0.5, (8, 8)), (0.125, (2, 2)), ([0.25, 0.8], (4, 12))])
 def test_a_slice_is_the_whole_masked(ffn, fraction, counts, capture_module):
     program, net = capture_module(partial(Net, ffn), **INPUTS)
