@@ -76,9 +76,11 @@ class SliceFfn(Pass):
                 continue
             kept[group.atom] = units
             context.rewrote(group.path)
+        if not kept:
+            return program
         sizes = [(group, len(kept[group.atom])) for group in chosen if group.atom in kept]
         context.facts["pruning"] = [{"group": g.label, "before": g.size, "after": count} for g, count in sizes]
-        return _sliced(program, axes, kept) if kept else program
+        return _sliced(program, axes, kept)
 
     def _chosen(self, groups: Sequence[Group], context: Context) -> list[Group]:
         for pattern in self.match:

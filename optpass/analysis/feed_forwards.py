@@ -16,9 +16,12 @@ from optpass.ir.graph import Graph, shape_of
 from optpass.ir.program import Program
 
 LINEAR = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default})
-ACTIVATIONS = POINTWISE_UNARY - {aten.to.dtype, aten.neg.default, aten.rsub.Scalar}
+ACTIVATIONS = POINTWISE_UNARY - {aten.to.dtype, aten.neg.default, aten.rsub.Scalar} | {
+    *(aten.glu.default, aten.prelu.default, aten.relu6.default, aten.hardtanh.default, aten.selu.default),
+    *(aten.celu.default, aten.log_sigmoid.default, aten.threshold.default, aten.square.default),
+}
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default})
-BETWEEN = POINTWISE_UNARY | POINTWISE_BINARY | NORMS | frozenset(CATS)
+BETWEEN = ACTIVATIONS | POINTWISE_UNARY | POINTWISE_BINARY | NORMS | frozenset(CATS)
 """What may stand between the first layers and the last: activations, gates, norms of the hidden units, views."""
 
 
@@ -37,7 +40,7 @@ def feed_forwards(program: Program, axes: Axes) -> FeedForwards:
     """The feed-forwards of ``program``, analysed as ``axes``: plain, gated, side by side with an attention.
 
     Hidden units are what linear layers, or convolutions of one pixel, give, and others of the same branch sum over,
-    an activation being between, and a depthwise convolution perhaps (SegFormer, Sana). Two layers
+    an activation being between, and a depthwise convolution perhaps (SegFormer, Sana, inverted residuals). Two layers
     without an activation (low-rank adapters) are none. Time linear in the nodes.
     """
     products: dict[str, list[Node]] = {}

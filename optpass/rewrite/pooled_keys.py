@@ -47,8 +47,8 @@ def unpoolable(core: Core) -> str:
     """Why the keys of ``core`` cannot be pooled, whatever they are; empty when they can."""
     if core.is_causal:
         return "it is causal: a window has keys that a query may see, and others"
-    if core.key.node is core.query.node:
-        return "queries and keys are one value"
+    if core.query.node in (core.key.node, core.value.node):
+        return "its queries are its keys or its values"
     if _is_mean(core.key.node):
         return "its keys are means already"
     if core.masks:

@@ -113,8 +113,7 @@ def _between(each: Attention, readers: Sequence[Node]) -> frozenset[Node] | str:
 def remember(graph: Graph, axes: Axes, sites: Sequence[Remembered], length: int) -> None:
     """Put one bank of ``length`` frames in the place of the features that all ``sites`` read."""
     site = sites[0]
-    order = {node: number for number, node in enumerate(graph.fx.nodes)}
-    readers = sorted({reader for each in sites for reader in each.readers}, key=order.__getitem__)
+    readers = sorted({reader for each in sites for reader in each.readers})
     with graph.before(readers[0]):
         writer = BankWriter(graph, length, readers[0])
         bank = writer.flat(writer.filled(site.features, site.frames), site.features)
@@ -122,6 +121,6 @@ def remember(graph: Graph, axes: Axes, sites: Sequence[Remembered], length: int)
     for reader in readers:
         reader.replace_input_with(site.features, bank)
     sizes = NewSizes(axes.walk, lambda structure: sized(structure, lambda a: size if a is site.atom else a.size))
-    for node in sorted({node for each in sites for node in each.nodes}, key=order.__getitem__):
+    for node in sorted({node for each in sites for node in each.nodes}):
         with_new_sizes(graph, node, sizes)
         node.meta["val"] = graph.infer(node)
