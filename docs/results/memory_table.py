@@ -164,10 +164,10 @@ def _engine(program: Program, folder: Path) -> Runner:
 
 HEAD = """# MatFormer's slices, EfficientTAM's pooled memory, MA-LMM's bank
 
-`slice-ffn` on a vision transformer, `pool-memory` on the memory attention of SAM 2 (four layers, a pointer of 64 rows),
+`slice-ffn` on a vision transformer, `pool-memory` on the memory attention of SAM 2 (four layers, 64 rows of pointers),
 `bank-memory` on a Q-Former that sees a whole video. Random weights."""
-MEASURING = """ONNX Runtime on {cores} CPU cores ({machine}), shared, one thread, batch 1; engines are called in
-turn, {runs} times each. Medians, and the ratio of the times, after / before, with p10 … p90 of the pairs."""
+MEASURING = """ONNX Runtime on {cores} CPU cores ({machine}), shared, one thread, batch 1; engines are called in turn,
+{runs} times each. Medians, and the ratio of the times, after / before, with p10 … p90 of the pairs."""
 TABLE = "| | pass | parameters, M | GMAC | ms | ratio |"
 DIGITS_NOTE = """The trained checkpoint digits-vit (12 layers, 8×8 tokens and a class token) on its 360 held-out digits,
 without any healing. It is no MatFormer: of its units the first are any, and `order: importance` sorts them."""
