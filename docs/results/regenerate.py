@@ -19,6 +19,7 @@ from adapters_table import adapters
 from clockwork_table import clockwork
 from cutting_table import cutting
 from hoist_table import hoist
+from memory_table import memory
 from models_table import FAMILIES, models
 from skipat_table import skipat
 from structure_table import structure
@@ -144,6 +145,7 @@ def main(names: Sequence[str]) -> None:
         "clockwork": partial(clockwork, optpass, ROOT),
         "hoist-invariants": hoist,
         "cutting": cutting,
+        "memory": memory,
         "skipat": partial(skipat, optpass),
         "structure": partial(structure, optpass, ROOT),
         "models": partial(models, optpass, table),
