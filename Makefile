@@ -10,7 +10,7 @@ CHECKPOINT := tests/checkpoints/moving-digits
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format results bench bench-lora bench-caching bench-pruning bench-quantization bench-int8 bench-targets bench-gpu test-targets wheel clean
+.PHONY: help install demo test test-all lint format results bench bench-lora bench-caching bench-pruning bench-quantization bench-int8 bench-mobilevd bench-targets bench-gpu test-targets wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -71,6 +71,9 @@ bench-quantization: $(STAMP) $(OLIVE)  ## int8 beside NNCF, quantize_static and 
 
 bench-int8: $(STAMP)  ## moving-digits in int8, alone and with Clockwork; writes docs/results/int8-digits.md
 	$(BIN)/python tests/benchmarks/int8_digits.py --out docs/results/int8-digits.md
+
+bench-mobilevd: $(STAMP)  ## MobileVD's ladder on moving-digits, trained to one step; writes docs/results/mobilevd-digits.md (hours)
+	$(BIN)/python tests/benchmarks/mobilevd_digits.py --out docs/results/mobilevd-digits.md
 
 bench-targets: $(STAMP)  ## What every target that is installed makes of the same models; writes docs/results/targets.md
 	$(BIN)/python tests/benchmarks/targets.py --targets $(TARGETS) --models $(MODELS) --out docs/results/targets.md

@@ -36,7 +36,9 @@ def _words(name: str, record: Mapping[str, Any]) -> str:
     first, last = (figure(record, key) for key in ("first", "last"))
     told = f"{name}: {count:,.0f} weights of {parameters:,.0f} parameters, {updates:,.0f} updates on"
     told += f" {text(record, 'source') or 'unnamed data'} (seed {amount(record, 'seed') or 0:.0f},"
-    told += f" {text(record, 'precision')}, {text(record, 'device')})."
+    seconds = amount(record, "seconds")
+    took = f", in {units.seconds(seconds)}" if seconds else ""
+    told += f" {text(record, 'precision')}, {text(record, 'device')}{took}."
     if first is None or last is None:
         return told
     fewer = f", {units.figures(first / last, 3)} times less" if 0 < last < first else ""

@@ -31,10 +31,14 @@ VERSION = 1
 
 @dataclass
 class Progress:
-    """How far a training has come: whole courses, updates of the weights, and the losses of each update by term."""
+    """How far a training has come: whole courses, updates of the weights, and the losses of each update by term.
+
+    ``seconds`` are those of all runs up to the last checkpoint.
+    """
 
     course: int = 0
     losses: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def updates(self) -> int:

@@ -106,10 +106,15 @@ class Trainer:
                     "that reuses, the steps that reuse must occur"
                 )
             if time.monotonic() - saved >= self.settings.seconds:
-                self._save()
+                self._count(saved)
                 saved = time.monotonic()
+                self._save()
+        self._count(saved)
         found: Mapping[str, Tensor] = self._parameters if self._average is None else self._average
         return {name: value.detach().cpu() for name, value in found.items()}
+
+    def _count(self, since: float) -> None:
+        self.progress.seconds += time.monotonic() - since
 
     def _course(self) -> None:
         """The calls of one course, and the updates that they make."""
@@ -180,6 +185,7 @@ class Trainer:
             {
                 "course": self.progress.course,
                 "losses": self.progress.losses,
+                "seconds": self.progress.seconds,
                 "parameters": {name: value.detach().cpu() for name, value in self._parameters.items()},
                 "optimiser": self._optimiser.state_dict(),
                 "average": self._average,
@@ -192,7 +198,7 @@ class Trainer:
         saved = self.folder.saved()
         if saved is None:
             return
-        self.progress = Progress(saved["course"], saved["losses"])
+        self.progress = Progress(saved["course"], saved["losses"], saved["seconds"])
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(saved["parameters"][name])

@@ -176,6 +176,7 @@ class TrainingPass(Pass):
             "device": trainer.accelerator.device.type,
             "courses": trainer.progress.course,
             "losses": trainer.progress.losses,
+            "seconds": round(trainer.progress.seconds, 1),
         }
         folder.finish({name: value.to(dtypes[name]) for name, value in found.items()}, record)
         return record
