@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from optpass.analysis.attention import Attention
@@ -72,16 +73,19 @@ def key_directions(graph: Graph, attention: Attention, like: Node) -> Node:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Which candidates of A [batch, …] stay and which go, as places in the sequence, and where the latter go in B."""
+    """``index`` [batch, k] are the places of the candidates of A: those that stay, and the last ``going``, which go.
 
-    staying: Node | None
-    going: Node
+    ``target`` [batch, going] says into which of the ``others`` candidates of B these go.
+    """
+
+    index: Node
+    going: int
     target: Node
     others: int
 
 
 class Merger:
-    """Merges ``count`` pairs at the insertion point, in the module of ``like``; the first ``protected`` tokens stay."""
+    """Merges pairs at the insertion point, in the module of ``like``; the first ``protected`` tokens stay."""
 
     def __init__(self, graph: Graph, like: Node, protected: int) -> None:
         self.write, self.protected = RowWriter(graph, like), protected
@@ -91,23 +95,24 @@ class Merger:
 
     def merged(self, tokens: Merged, directions: Node, count: int) -> Merged:
         """``tokens`` with ``count`` fewer; which are alike is what ``directions`` [batch, tokens, c] say."""
-        pairs, write, rows = self._pairs(directions, count), self.write, tokens.rows
-        dtype = value_of(rows).dtype
-        places = self.call(aten.unsqueeze.default, self.call(aten.arange.default, pairs.others), 1)
-        onto = self.call(aten.eq.Tensor, self.call(aten.unsqueeze.default, pairs.target, 1), places)
-        weights = self.call(aten.to.dtype, onto, dtype)
+        pairs, rows = self._pairs(directions, count), tokens.rows
+        staying, going = self._parted(rows, pairs)
+        weights = self._weights(pairs, value_of(rows).dtype)
         odd = self._odd(rows)
-        if tokens.sizes is not None:
-            going = write.taken(tokens.sizes, pairs.going)
-            weights = self.call(aten.mul.Tensor, weights, self.call(aten.transpose.int, going, 1, 2))
+        if tokens.sizes is None:
+            before, sizes = None, self._ones(pairs, odd)
+        else:
+            sizes, those = self._parted(tokens.sizes, pairs)
+            weights = self.call(aten.mul.Tensor, weights, self.call(aten.transpose.int, those, 1, 2))
             before = self._odd(tokens.sizes)
             odd = self.call(aten.mul.Tensor, odd, before)
-            after = self.call(aten.add.Tensor, before, self.call(aten.sum.dim_IntList, weights, [-1], True))
-        else:
-            after = self.call(aten.add.Tensor, self.call(aten.sum.dim_IntList, weights, [-1], True), 1.0)
-        gained = self.call(aten.matmul.default, weights, write.taken(rows, pairs.going))
-        odd = self.call(aten.div.Tensor, self.call(aten.add.Tensor, odd, gained), after)
-        return Merged(self._whole(rows, odd, pairs), self._sizes(tokens, after, pairs))
+        total = self.call(aten.sum.dim_IntList, weights, [-1], True)
+        total = self.call(aten.add.Tensor, total, 1.0 if before is None else before)
+        gained = self.call(aten.add.Tensor, odd, self.call(aten.matmul.default, weights, going))
+        return Merged(
+            self.write.joined([*staying, self.call(aten.div.Tensor, gained, total)]),
+            self.write.joined([*sizes, total]),
+        )
 
     def _pairs(self, directions: Node, count: int) -> _Pairs:
         even = self.write.sliced(directions, 2 * self.even, step=2)
@@ -118,37 +123,39 @@ class Merger:
         value, nearest = (self.write.item(best, number) for number in (0, 1))
         order = self.write.item(self.call(aten.topk.default, value, candidates), 1)
         going = self.write.sliced(order, 0, count)
-        staying = self.write.sliced(order, count) if count < candidates else None
-        if staying is not None and self.protected:
-            # As the code does behind a class token: which of the next layer's places are even depends on it.
-            staying = self.write.item(self.call(aten.sort.default, staying), 0)
         target = self.call(aten.gather.default, nearest, 1, going)
-        return _Pairs(self._places(staying), self._place(going), target, others)
+        index = self.write.joined([*self._staying(order, count), going])
+        index = self.call(aten.mul.Tensor, index, 2)
+        if self.even:
+            index = self.call(aten.add.Tensor, index, 2 * self.even)
+        return _Pairs(index, count, target, others)
 
-    def _places(self, index: Node | None) -> Node | None:
-        return None if index is None else self._place(index)
+    def _staying(self, order: Node, count: int) -> list[Node]:
+        if shape_of(order)[1] == count:
+            return []
+        staying = self.write.sliced(order, count)
+        # As the code does behind a class token: which of the next layer's places are even depends on it.
+        return [self.write.item(self.call(aten.sort.default, staying), 0) if self.protected else staying]
 
-    def _place(self, index: Node) -> Node:
-        """Places in the sequence of candidates of A."""
-        doubled = self.call(aten.mul.Tensor, index, 2)
-        return self.call(aten.add.Tensor, doubled, 2 * self.even) if self.even else doubled
+    def _weights(self, pairs: _Pairs, dtype: torch.dtype) -> Node:
+        """[batch, others, going]: 1 where one goes into the other."""
+        places = self.call(aten.unsqueeze.default, self.call(aten.arange.default, pairs.others), 1)
+        onto = self.call(aten.eq.Tensor, self.call(aten.unsqueeze.default, pairs.target, 1), places)
+        return self.call(aten.to.dtype, onto, dtype)
 
     def _odd(self, value: Node) -> Node:
         return self.write.sliced(value, 2 * self.odd + 1, step=2)
 
-    def _whole(self, rows: Node, odd: Node, pairs: _Pairs) -> Node:
-        parts = [self.write.sliced(rows, 0, self.protected)] if self.protected else []
-        parts += [] if pairs.staying is None else [self.write.taken(rows, pairs.staying)]
-        return self.write.joined([*parts, odd])
+    def _parted(self, value: Node, pairs: _Pairs) -> tuple[list[Node], Node]:
+        """Of ``value`` [batch, tokens, c], the rows that stay as they are, and those that go."""
+        found, count = self.write.taken(value, pairs.index), int(shape_of(pairs.index)[1]) - pairs.going
+        staying = [self.write.sliced(value, 0, self.protected)] if self.protected else []
+        staying += [self.write.sliced(found, 0, count)] if count else []
+        return staying, self.write.sliced(found, count)
 
-    def _sizes(self, tokens: Merged, after: Node, pairs: _Pairs) -> Node:
-        if tokens.sizes is not None:
-            return self._whole(tokens.sizes, after, pairs)
-        batch = shape_of(after)[0]
-        staying = int(shape_of(pairs.staying)[1]) if pairs.staying is not None else 0
-        if self.protected + staying == 0:
-            return after
-        return self.write.joined([self.write.ones(batch, self.protected + staying, after), after])
+    def _ones(self, pairs: _Pairs, like: Node) -> list[Node]:
+        count = self.protected + int(shape_of(pairs.index)[1]) - pairs.going
+        return [self.write.ones(shape_of(like)[0], count, like)] if count else []
 
 
 def mean_of_all(graph: Graph, mean: Node, sizes: Node, start: int, count: int) -> None:

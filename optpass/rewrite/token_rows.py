@@ -27,11 +27,10 @@ class RowWriter:
         """Tokens ``start`` to ``stop`` (not included), every ``step``-th."""
         if start == 0 and stop in (TO_THE_END, shape_of(value)[1]) and step == 1:
             return value
-        return self.call(aten.slice.Tensor, value, 1, start, stop, step)
+        return self.call(aten.slice.Tensor, value, 1, start, stop, *([] if step == 1 else [step]))
 
     def joined(self, parts: list[Node]) -> Node:
-        """``parts`` after one another, without the empty ones."""
-        parts = [part for part in parts if shape_of(part)[1] != 0]
+        """``parts`` after one another."""
         return parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, 1)
 
     def flat(self, index: Node, count: int) -> Node:
