@@ -187,12 +187,18 @@ class _Sites:
         self.options, self.graph, self.entry, self.context = options, graph, entry, context
         self.attentions = found.of(entry)
         self.rows = [row for row in found.rows if row[0].entry == entry]
+        self.numbers: dict[Attention, int] = {}
 
     def decline(self, each: Attention, reason: str) -> None:
         self.context.decline(each.path, reason, self.entry)
 
     def shorten(self, chosen: Sequence[Attention]) -> None:
         """Merge or drop behind each of ``chosen``, which are in the order of the graph."""
+        r = self.options.r
+        if isinstance(r, tuple) and len(r) != len(chosen):
+            self.decline(chosen[0], f"r has {len(r)} numbers, and {len(chosen)} layers are chosen")
+            return
+        self.numbers = {each: number for number, each in enumerate(chosen)}
         fitting = self._fitting(chosen)
         flow = self._flow(fitting)
         fitting = self._allowed(fitting, flow)
@@ -260,7 +266,7 @@ class _Sites:
             stream = _stream(each)
             total = int(shape_of(stream)[1])
             count = left[flow.arriving[stream]] or total
-            kept = self._kept(each, count, number - 1, len(sites))
+            kept = self._kept(each, count)
             left[number] = kept if isinstance(kept, int) else count
             if isinstance(kept, int):
                 places.append(Place(stream, each, kept, total))
@@ -268,11 +274,11 @@ class _Sites:
                 self.decline(each, kept)
         return places
 
-    def _kept(self, each: Attention, count: int, number: int, places: int) -> int | str:
+    def _kept(self, each: Attention, count: int) -> int | str:
         protected = _protected(each, self.options.protect)
         assert isinstance(protected, Protected)
         if self.options.method == "merge":
-            kept = count - self.options.goes(count, protected.first, number, places)
+            kept = count - self.options.goes(count, protected.first, self.numbers[each], len(self.numbers))
             return kept if kept < count else f"nothing is to be merged of its {count} tokens"
         kept = self.options.stay(count)
         if kept <= protected.count:
