@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -11,6 +12,7 @@ from pydantic import Field, model_validator
 from torch.fx import Node
 
 from optpass.analysis.attention import Attention, Attentions, attentions
+from optpass.analysis.blocks import Block
 from optpass.analysis.module_paths import matches
 from optpass.analysis.operators import aten, is_view
 from optpass.analysis.token_flow import TokenFlow, token_flow
@@ -243,10 +245,8 @@ class _Sites:
         if self.options.method == "merge":
             for each in self.attentions:
                 rows = flow.rows.get(each.core.key.node)
-                if rows and not countable(each.core, shape_of(each.core.key.node)[0], each.heads):
-                    flow.refuse(
-                        each.core.result.node, rows.level, "is an attention whose scores are laid out otherwise"
-                    )
+                if rows and not countable(each.core, shape_of(_stream(sites[rows.level - 1]))[0], each.heads):
+                    flow.refuse(each.core.result.node, rows.level, "has scores that are no batch and heads")
         return flow
 
     def _allowed(self, sites: Sequence[Attention], flow: TokenFlow) -> list[Attention]:
@@ -313,7 +313,7 @@ class _Sites:
                 return reason
         assert each.stack is not None
         block = each.stack.blocks[each.layer]
-        site = Bypass.of(block, prior, self._within(block), each.queries.class_tokens)
+        site = Bypass.of(block, prior, self._by_block[block], int(each.queries.class_tokens))
         if isinstance(site, str):
             return site
         count = int(shape_of(site.entering)[1])
@@ -324,13 +324,14 @@ class _Sites:
             return f"all of its {count} tokens take part"
         return site.keeping(kept)
 
-    def _within(self, block: Any) -> list[Attention]:
-        if not hasattr(self, "_by_block"):
-            self._by_block: dict[Any, list[Attention]] = {}
-            for each in self.attentions:
-                if each.stack is not None and each.layer is not None:
-                    self._by_block.setdefault(each.stack.blocks[each.layer], []).append(each)
-        return self._by_block.get(block, [])
+    @cached_property
+    def _by_block(self) -> dict[Block, list[Attention]]:
+        """The attentions of every block."""
+        found: dict[Block, list[Attention]] = {}
+        for each in self.attentions:
+            if each.stack is not None and each.layer is not None:
+                found.setdefault(each.stack.blocks[each.layer], []).append(each)
+        return found
 
 
 def _stream(each: Attention) -> Node:

@@ -66,12 +66,12 @@ def _passes(recipe: str, options: Mapping[str, Any], work: str) -> Iterator[dict
 HEAD = """# SkipAt and ToSA on digits-vit, healed
 
 The recipes `skipat-digits` (layers 3 to 8 take the attention before them) and `tosa-digits` (of layers 1, 3, … 11 only
-some tokens take part) on the trained [digits-vit](../../tests/checkpoints/digits-vit/README.md): `distill` of all weights,
-300 updates of 48 drawn training scans, KL of the logits to the original's. Accuracy is of the 360 held-out scans, of
-which one is 0.28 points. MACs are millions of one image; those of attention are of the layers without their MLPs: norms,
-projections, both products, and what takes their place. What was to be shown is SkipAt within half a point of the
+some tokens take part) on the trained [digits-vit](../../tests/checkpoints/digits-vit/README.md): `distill` of all
+weights, 300 updates of 48 drawn training scans, KL of the logits to the original's. Accuracy is of the 360 held-out
+scans, of which one is 0.28 points. MACs are millions of one image; those of attention are of the layers without their
+MLPs: projections, both products, and what takes their place. What was to be shown is SkipAt within half a point of the
 original at 15 % fewer MACs of attention, after at most 20 minutes."""
 MEASURED = "| | MACs, M | of attention, M | untrained, % | healed, % | CPU seconds |"
-MEASURING = """Φ of convolutions costs what the projections cost, and saves the two products, a quarter of attention at 65
-tokens of 96 channels; of the products alone half are gone. Φ the identity saves both. CPU seconds are those of the
+MEASURING = """Φ of convolutions costs what the projections cost, and saves the two products, a quarter of attention at
+65 tokens of 96 channels; of the products alone half are gone. Φ the identity saves both. CPU seconds are those of the
 whole recipe on one thread, {cores} cores ({machine}), shared."""

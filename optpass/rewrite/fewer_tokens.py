@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from optpass.analysis.attention import Attention
 from optpass.analysis.attention_cores import Core
-from optpass.analysis.operators import aten
+from optpass.analysis.operators import argument, aten
 from optpass.analysis.token_flow import TokenFlow
 from optpass.ir.graph import Graph, shape_of, value_of
 from optpass.rewrite.attention_received import attention_map, received
@@ -142,15 +142,16 @@ class MergedTokens(FewerTokens):
 def countable(core: Core, batch: Any, heads: int) -> bool:
     """Whether the scores are [batch, heads, queries, keys], with batch and heads folded perhaps."""
     if core.softmax is None:
-        return core.result.node.target is aten.scaled_dot_product_attention.default and _rank(core) == 4
-    shape, over = shape_of(core.softmax), int(core.softmax.args[1]) % len(shape_of(core.softmax))  # type: ignore[arg-type]
-    if over != len(shape) - 1:
+        shape = shape_of(core.key.node)
+        return core.result.node.target is aten.scaled_dot_product_attention.default and _is_whole(shape, batch)
+    shape = shape_of(core.softmax)
+    if int(argument(core.softmax, "dim")) % len(shape) != len(shape) - 1:
         return False
-    return shape[0] == batch if len(shape) == 4 else len(shape) == 3 and shape[0] in (batch, batch * heads)
+    return _is_whole(shape, batch) or (len(shape) == 3 and shape[0] in (batch, batch * heads))
 
 
-def _rank(core: Core) -> int:
-    return len(shape_of(core.key.node))
+def _is_whole(shape: tuple[Any, ...], batch: Any) -> bool:
+    return len(shape) == 4 and shape[0] == batch
 
 
 class DroppedTokens(FewerTokens):

@@ -29,6 +29,7 @@ CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 WIDTH, HEADS, HEIGHT, COLUMNS = 8, 2, 6, 4
 PATCHES = HEIGHT * COLUMNS
 IMAGE = (2, 3, 2 * HEIGHT, 2 * COLUMNS)
+MERGE_AND_SLOW = ["merge", *(pytest.param(name, marks=pytest.mark.slow) for name in ("drop", "bypass"))]
 
 
 def selected(program, **options):
@@ -234,7 +235,7 @@ def test_merging_is_that_of_the_authors(schedule, capture_module):
     assert (sizes.sum(1) == PATCHES + 1).all()
 
 
-@pytest.mark.parametrize("attend", [in_products, in_folded_heads, in_einsums])
+@pytest.mark.parametrize("attend", [in_products, in_folded_heads, pytest.param(in_einsums, marks=pytest.mark.slow)])
 def test_attention_in_other_words(attend, capture_module):
     image = torch.randn(IMAGE)
     program, vit = capture_module(partial(Vit, 3, attention=partial(Attention, attend)), image=image)
@@ -243,7 +244,7 @@ def test_attention_in_other_words(attend, capture_module):
     compare(after, image, merging(vit, image, {0: 4, 1: 4, 2: 4}, 1)[0])
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2])
+@pytest.mark.parametrize("tokens", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_mean_counts_what_tokens_stand_for(tokens, capture_module):
     image = torch.randn(IMAGE)
     program, vit = capture_module(partial(Vit, 3, tokens, head="mean"), image=image)
@@ -359,9 +360,16 @@ def test_golden(capture_module):
 # Dropping.
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2])
-@pytest.mark.parametrize("attend", [in_one_operator, in_products])
-def test_dropping_keeps_what_receives_most(attend, tokens, capture_module):
+@pytest.mark.parametrize(
+    ("tokens", "attend"),
+    [
+        (0, in_one_operator),
+        (1, in_products),
+        pytest.param(2, in_one_operator, marks=pytest.mark.slow),
+        pytest.param(1, in_one_operator, marks=pytest.mark.slow),
+    ],
+)
+def test_dropping_keeps_what_receives_most(tokens, attend, capture_module):
     image = torch.randn(IMAGE)
     head = "class" if tokens else "mean"
     program, vit = capture_module(partial(Vit, 4, tokens, partial(Attention, attend), head), image=image)
@@ -396,9 +404,11 @@ def test_a_frame_can_be_protected(tokens, weight, capture_module):
 # Bypassing.
 
 
-@pytest.mark.parametrize("attend", [in_one_operator, in_products])
-@pytest.mark.parametrize("tokens", [0, 2])
-def test_bypassing_by_what_was_received(attend, tokens, capture_module):
+@pytest.mark.parametrize(
+    ("tokens", "attend"),
+    [(2, in_one_operator), pytest.param(0, in_products, marks=pytest.mark.slow)],
+)
+def test_bypassing_by_what_was_received(tokens, attend, capture_module):
     image = torch.randn(IMAGE)
     program, vit = capture_module(partial(Vit, 4, tokens, partial(Attention, attend), "all"), image=image)
     after, record = selected(program, method="bypass", rate=0.4, surrogate="column-mean")
@@ -478,7 +488,9 @@ def test_all_tokens_leave_the_graph_alone(options, reason, capture_module):
     assert {item.reason for item in record.declined} == {reason}
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "drop"}, {"method": "bypass"}, {"method": "bypass", "rate": 0.3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "bypass"}, pytest.param({"method": "drop"}, marks=pytest.mark.slow)]
+)
 def test_a_second_run_finds_nothing(options, capture_module):
     program, _ = capture_module(partial(Vit, 4), image=torch.zeros(IMAGE))
     after, record = selected(program, **options)
@@ -581,7 +593,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("case", UNFIT)
-@pytest.mark.parametrize("method", ["merge", "drop", "bypass"])
+@pytest.mark.parametrize("method", MERGE_AND_SLOW)
 def test_unfit_attention(case, method, capture_module):
     build, reason = UNFIT[case]
     program, _ = capture_module(build, image=torch.zeros(IMAGE))
@@ -641,15 +653,16 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGE_AND_SLOW)
 def test_an_open_batch(method, capture_shared):
     options, shape = METHODS[method], IMAGE[1:]
-    program = capture_shared(partial(Vit, 4), {"image": ("batch", *shape)}, {"batch": Span(1, 9)})
+    depth = 2 if method == "merge" else 4
+    program = capture_shared(partial(Vit, depth), {"image": ("batch", *shape)}, {"batch": Span(1, 9)})
     after, record = selected(program, **options)
     assert record.modified
     for batch in (1, 3):
         image = torch.randn(batch, *shape)
-        fixed, _ = selected(capture_shared(partial(Vit, 4), {"image": (batch, *shape)}, {}), **options)
+        fixed, _ = selected(capture_shared(partial(Vit, depth), {"image": (batch, *shape)}, {}), **options)
         compare(after, image, *program_runner(fixed, "full")({"image": image}).values())
 
 
@@ -662,7 +675,7 @@ def test_an_open_number_of_tokens(capture_shared):
     ]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGE_AND_SLOW)
 def test_half_precision_stays(method, capture_module):
     program, _ = capture_module(lambda: Vit(4).half(), image=torch.zeros(IMAGE, dtype=torch.float16))
     after, record = selected(program, **METHODS[method])
@@ -672,6 +685,7 @@ def test_half_precision_stays(method, capture_module):
     assert torch.float32 not in {node.meta["val"].dtype for node in made}
 
 
+@pytest.mark.slow
 def test_in_onnx_runtime(capture_module, tmp_path):
     image = torch.randn(IMAGE)
     program, _ = capture_module(partial(Vit, 4), image=image)
@@ -691,6 +705,7 @@ def timm_program(name, tmp_path):
     return capture(tmp_path, structure_only=True)
 
 
+@pytest.mark.slow
 def test_published_token_counts(tmp_path):
     """DeiT-T with r = 13: 197 − 13·l tokens in layer l; matching costs a hundredth of what is saved."""
     program = timm_program("deit_tiny_patch16_224", tmp_path)
@@ -709,6 +724,7 @@ def test_published_token_counts(tmp_path):
     assert measure(after).totals.macs_attention == sum(2 * n * n * d for n in counts[:12])
 
 
+@pytest.mark.slow
 def test_evads_token_counts(tmp_path):
     program = timm_program("deit_tiny_patch16_224", tmp_path)
     after, record = selected(program, method="drop")
@@ -717,6 +733,7 @@ def test_evads_token_counts(tmp_path):
     assert counts == [197] * 4 + [138] * 3 + [97] * 3 + [68] * 2
 
 
+@pytest.mark.slow
 def test_the_recipes_on_digits_vit():
     program = capture(CHECKPOINTS / "digits-vit", inputs={"pixel_values": (2, 1, 32, 32)}, dtype=torch.float32)
     _, record = selected(program)
