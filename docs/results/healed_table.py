@@ -18,7 +18,6 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "SkipAt, Φ of convolutions": ("skipat-digits", {"phi": "conv"}),
     "SkipAt, Φ the identity": ("skipat-digits", {}),
     "ToSA, half of the tokens": ("tosa-digits", {}),
-    "ToSA, 30 % of the tokens": ("tosa-digits", {"rate": 0.3}),
 }
 CHANGED = ("reuse-attention", "select-tokens")
 

@@ -21,7 +21,7 @@ from optpass.ir.text import graph_text
 from optpass.ir.weights import Constant
 from optpass.passes.select_tokens import SelectTokens
 from optpass.pipeline.manager import run_pass, run_passes
-from optpass.pipeline.recipe import Step, find_recipe, load_recipe
+from optpass.pipeline.recipe import Step, find_recipe, load_recipe, make_recipe
 from optpass.pipeline.registry import target_class
 from optpass.pipeline.target import Lowering
 
@@ -207,7 +207,7 @@ def bypassing(vit, image, layers, kept, first, predict):
 
 def compare(program, image, expected):
     [found] = program_runner(program, "full")({"image": image}).values()
-    assert outputs_difference({"y": found}, {"y": expected}).relative_error <= 1e-5
+    assert outputs_difference({"y": found}, {"y": expected.detach()}).relative_error <= 1e-5
 
 
 # Merging.
@@ -546,6 +546,31 @@ def test_layers_behind_the_last_reader_of_all_tokens(capture_module):
     assert [tuple(value.shape) for value in results.values()] == [(2, WIDTH), (2, PATCHES + 1, WIDTH)]
 
 
+class Towers(nn.Module):
+    """Two transformers with other numbers of tokens, of which the second reads half of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = Vit(2), Vit(3)
+
+    def forward(self, image):
+        return self.one(image) + self.other(image[:, :, :HEIGHT])
+
+
+@pytest.mark.parametrize("options", [{"r": 3}, pytest.param({"method": "drop"}, marks=pytest.mark.slow)])
+def test_streams_beside_one_another(options, capture_module):
+    image = torch.randn(IMAGE)
+    program, towers = capture_module(Towers, image=image)
+    after, _ = selected(program, **options)
+    if options == {"r": 3}:
+        one, _ = merging(towers.one, image, {0: 3, 1: 3}, 1)
+        other, _ = merging(towers.other, image[:, :, :HEIGHT], {0: 3, 1: 3, 2: 3}, 1)
+    else:
+        one = dropping(towers.one, image, {0: 0.7, 1: 0.7}, 1)
+        other = dropping(towers.other, image[:, :, :HEIGHT], {0: 0.7, 1: 0.7, 2: 0.7}, 1)
+    compare(after, image, one + other)
+
+
 BEHIND = {
     "rows": (partial(Vit, 2, head="all"), "%output behind it is a result with a row for every token"),
     "grid": (partial(Gridded, 2), "arranges tokens in another shape, which takes all of them"),
@@ -642,6 +667,21 @@ def test_what_layers_and_match_do_not_find_is_told(capture_module):
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(ValidationError, match=message):
         SelectTokens(**options)
+
+
+@pytest.mark.slow
+def test_a_training_reaches_the_selectors(capture_module, tmp_path):
+    program, _ = capture_module(partial(Vit, 4), image=torch.zeros(IMAGE))
+    options = {"updates": 4, "warmup": 0, "learning_rate": 1e-2, "work": str(tmp_path)}
+    recipe = make_recipe({"passes": [{"select-tokens": {"method": "bypass", "rate": 0.4}}, {"distill": options}]})
+    after, [bypassed, trained] = run_passes(program, recipe.steps)
+    assert len(bypassed.sites) == 2
+    assert set(trained.sites) == {
+        f"layers.{number}.attn.selector.{leaf}"
+        for number in (1, 3)
+        for leaf in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    }
+    assert not after.untrained
 
 
 # Sizes, dtypes, targets, models.
