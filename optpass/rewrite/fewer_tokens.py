@@ -12,12 +12,13 @@ from torch.fx import Node
 from optpass.analysis.attention import Attention
 from optpass.analysis.attention_cores import Core
 from optpass.analysis.operators import argument, aten
-from optpass.analysis.token_flow import TokenFlow
+from optpass.analysis.token_flow import Rows, TokenFlow
 from optpass.ir.graph import Graph, shape_of, value_of
 from optpass.rewrite.attention_received import attention_map, received
 from optpass.rewrite.dropped_tokens import Protected, kept_rows
 from optpass.rewrite.merged_tokens import Merged, Merger, key_directions, mean_of_all
 from optpass.rewrite.token_counts import with_count
+from optpass.rewrite.token_rows import RowWriter
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ class MergedTokens(FewerTokens):
         super().__init__(graph, places, flow)
         self.protected = protected
         self.sizes: dict[int, Node] = {}
-        self.biases: dict[int, Node] = {}
+        self.biases: dict[tuple[int, int], Node] = {}
         self.counting = {each.core.softmax or each.core.result.node: each for each in attentions}
 
     def before(self, node: Node) -> None:
         attention = self.counting.get(node)
         if attention is not None and (rows := self.flow.rows.get(attention.core.key.node)):
-            self._count(node, attention, self._bias(rows.level, attention.core.key.node))
+            self._count(node, attention, self._bias(rows))
         elif rows := self.flow.means.get(node):
             # Dead from here on; its operands have fewer rows.
             total = self.places[rows.level - 1].total
@@ -95,7 +96,6 @@ class MergedTokens(FewerTokens):
 
     def selected(self, place: Place, number: int) -> Node:
         directions = key_directions(self.graph, place.attention, place.stream)
-        assert directions is not None
         merger = Merger(self.graph, place.stream, self.protected)
         gone = int(shape_of(place.stream)[1]) - place.kept
         before = self.sizes.get(self.flow.arriving[place.stream])
@@ -104,15 +104,18 @@ class MergedTokens(FewerTokens):
         self.sizes[number] = merged.sizes
         return merged.rows
 
-    def _bias(self, level: int, like: Node) -> Node:
-        """log(size) [batch, 1, 1, tokens]; the attentions behind one selection share it."""
-        if level not in self.biases:
-            sizes = self.sizes[level]
+    def _bias(self, rows: Rows) -> Node:
+        """log(size) [batch, 1, 1, tokens] of keys with ``rows``; the attentions behind one selection share it."""
+        key = (rows.level, rows.start)
+        if key not in self.biases:
+            sizes = self.sizes[rows.level]
             batch, count, _ = shape_of(sizes)
+            write = RowWriter(self.graph, sizes)
             with self.graph.before(sizes.next):
-                logarithms = self.graph.call(aten.log.default, sizes, like=sizes)
-                self.biases[level] = self.graph.call(aten.reshape.default, logarithms, [batch, 1, 1, count], like=sizes)
-        return self.biases[level]
+                logarithms = write.call(aten.log.default, write.sliced(sizes, rows.start))
+                shape = [batch, 1, 1, count - rows.start]
+                self.biases[key] = write.call(aten.reshape.default, logarithms, shape)
+        return self.biases[key]
 
     def _count(self, node: Node, attention: Attention, bias: Node) -> None:
         """Add ``bias`` to the scores of an attention, at its softmax or in the operator that is all of it."""
