@@ -603,7 +603,10 @@ BEHIND = {
 
 
 @pytest.mark.parametrize("case", BEHIND)
-@pytest.mark.parametrize("options", [{"r": 2, "layers": (0,)}, {"method": "drop", "layers": (0,)}])
+@pytest.mark.parametrize(
+    "options",
+    [{"r": 2, "layers": (0,)}, pytest.param({"method": "drop", "layers": (0,)}, marks=pytest.mark.slow)],
+)
 def test_what_needs_all_tokens(case, options, capture_module):
     build, reason = BEHIND[case]
     program, _ = capture_module(build, image=torch.zeros(IMAGE))
