@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 from adapters_table import adapters
 from clockwork_table import clockwork
 from cutting_table import cutting
+from healed_table import healed
 from hoist_table import hoist
 from memory_table import memory
 from models_table import FAMILIES, models
 from skipat_table import skipat
 from structure_table import structure
+from tokens_table import tokens
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
@@ -143,11 +145,13 @@ def main(names: Sequence[str]) -> None:
         "adapters": partial(adapters, optpass),
         "reparameterize": reparameterized,
         "clockwork": partial(clockwork, optpass, ROOT),
+        "healed-digits": healed,
         "hoist-invariants": hoist,
         "cutting": cutting,
         "memory": memory,
         "skipat": partial(skipat, optpass),
         "structure": partial(structure, optpass, ROOT),
+        "tokens": tokens,
         "models": partial(models, optpass, table),
     }
     parts = {f"models-{family}": partial(models, optpass, table, (family,)) for family in FAMILIES}

@@ -188,15 +188,15 @@ def page(rungs: list[Rung], broken: list[str], load: tuple[float, ...], options:
 
 {machine()}, load before and after {load}, {os.getloadavg()}.
 {options.clips} clips of each rung, the same labels and seeds for all, each rung sampled as it is made for: the
-original in 25 steps with guidance {GUIDANCE:g} (two evaluations a step). FLOP = 2·MAC of linear, convolution, matmul and
-attention, of all evaluations of a clip and of decoding its frames ({decoder_gflop():.3f} GFLOP). Times are of whole
+original in 25 steps with guidance {GUIDANCE:g} (two evaluations a step). FLOP = 2·MAC of linear, convolution, matmul
+and attention, of all evaluations of a clip and of decoding its frames ({decoder_gflop():.3f} GFLOP). Times are of whole
 clips, pipeline included, {options.rounds} rounds in turn.
 
 {table(rungs)}
 
 In the last column stands MobileVD's ladder (arXiv 2412.07583, Table 1), which distils the step first and heals at one
-step; here structure is healed at many steps, where a plain distance heals, and the step is distilled last. The trainings
-took {total:.0f} minutes in all where their times are known.
+step; here structure is healed at many steps, where a plain distance heals, and the step is distilled last. The
+trainings took {total:.0f} minutes in all where their times are known.
 
 The last rung is to take {FEWER:g} times fewer FLOP than the first, to lose at most {100 * POINTS:g} points of digits
 read right, and to have at most {FRECHET:g} times its Fréchet distance. {verdict}
