@@ -96,3 +96,15 @@ def output_projection(each: Attention) -> Node | str:
     if len(shape_of(layer)) != 3 or shape_of(layer)[1] != each.queries.size:
         return f"its projection gives {list(shape_of(layer))}, and not [batch, tokens, channels]"
     return layer
+
+
+def dead_without(result: Node, kept: Node) -> set[Node]:
+    """The operators that nothing reads once ``result`` is gone, itself included, up to ``kept``; linear in them."""
+    gone, pending = {result}, list(result.all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node in gone or node is kept or node.op != "call_function" or not gone.issuperset(node.users):
+            continue
+        gone.add(node)
+        pending.extend(node.all_input_nodes)
+    return gone
