@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from denoisers import denoiser
+from torch import nn
+from torch.nn import functional
+
+from optpass.analysis.token_grids import Grid
+from optpass.capture.spans import Span
+from optpass.evaluate.difference import outputs_difference, program_runner
+from optpass.ir.program import Origin, Program
+from optpass.ir.text import graph_text
+from optpass.ir.weights import Absent, WeightStore
+from optpass.passes.sparse_attention import SparseAttention
+from optpass.pipeline.manager import run_pass
+from optpass.pipeline.recipe import Step
+from optpass.rewrite.draft_attention import DraftWriter
+from optpass.rewrite.inward_windows import neighbours
+from optpass.rewrite.sparse_attention import SparseWriter, Tables
+
+WIDTH, HEADS = 16, 2
+FRAMES, HEIGHT, WIDE = 2, 6, 8
+CLIP = (2, 4, FRAMES, HEIGHT, WIDE)
+
+
+def sparse(program, **options):
+    return run_pass(program, Step("sparse-attention", SparseAttention(**options)))
+
+
+def attend(q, k, v, seen=None):
+    """softmax(q·kᵀ)·v over the keys that ``seen`` [.., queries, keys] allows."""
+    logits = q @ k.mT * q.shape[-1] ** -0.5
+    return (logits if seen is None else logits.masked_fill(~seen, -torch.inf)).softmax(-1) @ v
+
+
+class Layer(nn.Module):
+    def __init__(self, causal=False, masked=False, written_out=False):
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.causal, self.masked, self.written_out = causal, masked, written_out
+
+    def heads(self, x):
+        return (each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in self.qkv(self.norm(x)).chunk(3, -1))
+
+    def forward(self, x, seen=None):
+        """With ``seen``, from queries and keys, attention by itself."""
+        q, k, v = self.heads(x)
+        if seen is not None:
+            z = attend(q, k, v, seen(q, k))
+        elif self.written_out:
+            z = attend(q, k, v)
+        else:
+            mask = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu() if self.masked else None
+            z = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+        return x + self.proj(z.transpose(1, 2).flatten(2))
+
+
+class Clip(nn.Module):
+    """Pixels of a clip, behind ``text`` tokens and before ``behind`` others."""
+
+    def __init__(self, depth=2, text=0, behind=0, layer=Layer):
+        super().__init__()
+        self.embed = nn.Conv3d(4, WIDTH, 1)
+        self.text = nn.Parameter(torch.zeros(1, text, WIDTH)) if text else None
+        self.behind = nn.Parameter(torch.zeros(1, behind, WIDTH)) if behind else None
+        self.layers = nn.ModuleList([layer() for _ in range(depth)])
+
+    def forward(self, clip, seen=None):
+        rows = self.embed(clip).flatten(2).mT
+        parts = [self.text, rows, self.behind]
+        parts = [part if part is rows else part.expand(rows.shape[0], -1, -1) for part in parts if part is not None]
+        x = torch.cat(parts, 1) if len(parts) > 1 else rows
+        for layer in self.layers:
+            x = layer(x) if seen is None else layer(x, seen)
+        return x
+
+
+def compare(program, clip, expected, bound=1e-5):
+    found = program_runner(program, "full")({"clip": clip})
+    [name] = found
+    assert outputs_difference(found, {name: expected.detach()}).relative_error <= bound
+
+
+def with_all(seen, before, behind):
+    """``seen`` [.., pixels, pixels] among tokens before and behind, which all see and which see all."""
+    return functional.pad(seen, (before, behind, before, behind), value=True)
+
+
+def inward(q, size, radius):
+    """The keys that the query at q sees, as the released form writes it down."""
+    low = q - radius - max(radius + q - size + 1, 0)
+    high = q + radius + max(radius - q, 0)
+    return range(max(low, 0), min(high, size - 1) + 1)
+
+
+def window_of_clip(radius, frames=FRAMES, height=HEIGHT, width=WIDE):
+    seen = torch.zeros(frames, height, width, frames, height, width, dtype=torch.bool)
+    for row in range(height):
+        for column in range(width):
+            rows, columns = inward(row, height, radius[0]), inward(column, width, radius[1])
+            for other in rows:
+                seen[:, row, column, :, other, columns.start : columns.stop] = True
+    return seen.flatten(3).flatten(0, 2)
+
+
+WINDOWS = {
+    "small": ((1, 1), (2, 4), 0, 0),
+    "tiles that do not fit": ((1, 1), (4, 3), 0, 0),
+    "among others": ((1, 2), (3, 2), 3, 2),
+    "itself": ((0, 0), (1, 1), 1, 0),
+    "all rows": ((3, 1), (2, 2), 0, 0),
+}
+
+
+@pytest.mark.parametrize("form", ["blocks", "mask"])
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows_are_those_of_an_independent_module(case, form, capture_module):
+    radius, tile, text, behind = WINDOWS[case]
+    clip = torch.randn(CLIP)
+    program, module = capture_module(partial(Clip, 2, text, behind), clip=clip)
+    after, record = sparse(program, pattern="window", radius=radius, tile=tile, form=form)
+    assert list(record.sites) == ["layers.0", "layers.1"]
+    assert (str(record.record.promise), after.untrained) == ("approximate", frozenset())
+    seen = with_all(window_of_clip(radius), text, behind)
+    compare(after, clip, module(clip, lambda q, k: seen))
+    fewer = record.after.totals.macs_attention < record.before.totals.macs_attention
+    assert fewer == (form == "blocks")
+
+
+def test_every_pixel_sees_as_many():
+    for radius in ((1, 2), (2, 3)):
+        counts = neighbours((HEIGHT, WIDE), radius).sum(1)
+        assert set(counts.tolist()) == {(2 * radius[0] + 1) * (2 * radius[1] + 1)}
+    assert neighbours((HEIGHT, WIDE), (3, 4)).all()
+
+
+def test_a_window_that_is_the_grid_is_dense_attention(capture_module):
+    """The pass leaves it alone, and a grid that the window covers along one axis is the same along it."""
+    program, _ = capture_module(partial(Clip, 1), clip=torch.zeros(CLIP))
+    after, record = sparse(program, pattern="window", radius=(3, 4))
+    assert not record.modified
+    assert record.declined[0].reason == "a window of this radius is the whole grid of 6 × 8"
+    assert graph_text(after.entries["full"]) == graph_text(program.entries["full"])
+
+
+def blocks_of_clip(pool):
+    """Pixels by block: parts of ``pool`` rows, in them columns of blocks, in a block row by row."""
+    numbers = torch.arange(FRAMES * HEIGHT * WIDE).view(FRAMES, HEIGHT, WIDE)
+    return [
+        numbers[frame, top : top + pool[0], left : left + pool[1]].flatten()
+        for frame in range(FRAMES)
+        for top in range(0, HEIGHT, pool[0])
+        for left in range(0, WIDE, pool[1])
+    ]
+
+
+def drafted(q, k, pool, sparsity, text, per):
+    """Which blocks attend to which, head by head, from pooled queries and keys; then which tokens."""
+    blocks = blocks_of_clip(pool)
+    count, pixels = len(blocks), FRAMES * HEIGHT * WIDE
+    one, other = (
+        torch.stack([each[:, :, text : text + pixels][:, :, block].mean(2) for block in blocks], 2) for each in (q, k)
+    )
+    draft = (one @ other.mT * q.shape[-1] ** -0.5).softmax(-1)
+    seen = torch.zeros(*q.shape[:2], pixels, pixels, dtype=torch.bool)
+    kept = torch.zeros(*q.shape[:2], dtype=torch.int64)
+    for sample in range(len(q)):
+        for head in range(HEADS):
+            values = draft[sample, head]
+            if per == "head":
+                threshold = values.flatten().sort().values[max(0, int(sparsity * count**2) - 1)]
+                keep = values >= threshold
+            else:
+                keep = values.argsort(1).argsort(1) >= int(sparsity * count)
+            kept[sample, head] = keep.sum()
+            for row, column in keep.nonzero().tolist():
+                seen[sample, head, blocks[row][:, None], blocks[column]] = True
+    return seen, kept, count
+
+
+DRAFTS = {
+    "per head": ({"per": "head"}, 0, 0),
+    "per row": ({"per": "row"}, 0, 0),
+    "per row, masked": ({"per": "row", "form": "mask"}, 0, 0),
+    "per head, among others": ({"per": "head"}, 3, 1),
+    "per row, among others": ({"per": "row"}, 0, 5),
+    "per row, masked, among others": ({"per": "row", "form": "mask"}, 2, 2),
+}
+
+
+@pytest.mark.parametrize("case", DRAFTS)
+def test_drafts_are_those_of_an_independent_module(case, capture_module):
+    options, text, behind = DRAFTS[case]
+    pool, sparsity = (3, 2), 0.6
+    clip = torch.randn(CLIP)
+    program, module = capture_module(partial(Clip, 2, text, behind), clip=clip)
+    after, record = sparse(program, pattern="draft", pool=pool, sparsity=sparsity, **options)
+    assert list(record.sites) == ["layers.0", "layers.1"]
+
+    def seen(q, k):
+        mask, kept, blocks = drafted(q, k, pool, sparsity, text, options["per"])
+        by_rule = blocks**2 - int(sparsity * blocks**2) + 1, blocks * (blocks - int(sparsity * blocks))
+        assert set(kept.flatten().tolist()) == {by_rule[options["per"] == "row"]}
+        assert blocks == 16
+        return with_all(mask, text, behind)
+
+    compare(after, clip, module(clip, seen))
+    fewer = record.after.totals.macs_attention < record.before.totals.macs_attention
+    assert fewer == (options["per"] == "row" and "form" not in options)
+
+
+def test_nothing_dropped_is_dense_attention(capture_module):
+    clip = torch.randn(CLIP)
+    program, module = capture_module(partial(Clip, 2, 3), clip=clip)
+    dense = module(clip)
+    unchanged, record = sparse(program, pattern="draft", pool=(3, 4), sparsity=0.0)
+    assert not record.modified
+    assert record.declined[0].reason == "of its 8 blocks none would be dropped"
+    compare(unchanged, clip, dense, 1e-6)
+    # One of 64 entries is to be dropped, and the largest of these is kept.
+    after, record = sparse(program, pattern="draft", pool=(3, 4), sparsity=1 / 64)
+    assert len(record.sites) == 2
+    compare(after, clip, dense, 1e-6)
+
+
+def test_equal_entries_are_kept(capture_module):
+    """Of a clip without contrast every entry of the draft is the threshold."""
+    clip = torch.ones(CLIP)
+    program, module = capture_module(partial(Clip, 1), clip=clip)
+    after, _ = sparse(program, pattern="draft", pool=(3, 4), sparsity=0.75)
+    compare(after, clip, module(clip), 1e-6)
+
+
+class Rows(nn.Module):
+    def forward(self, rows):
+        return functional.scaled_dot_product_attention(rows, rows, rows)
+
+
+def test_blocks_are_a_permutation_and_back(capture_module):
+    rows = torch.randn(2, HEADS, FRAMES * HEIGHT * WIDE, 3)
+    program, _ = capture_module(Rows, rows=rows)
+    graph, pool = program.entries["full"], (3, 4)
+    [dense] = [node for node in graph.calls if "attention" in node.name]
+    grid = Grid(0, FRAMES * HEIGHT * WIDE, FRAMES, HEIGHT, WIDE)
+    draft = DraftWriter(SparseWriter(graph, dense, grid, Tables(program)), pool, 0.5)
+    with graph.before(dense):
+        blocks = draft.in_blocks(draft.writer.matrices[0])
+        back = draft.in_order(blocks)
+    graph.output_node.args = ((blocks, back),)
+    inside, found = graph.module(program.weights)(rows)
+    assert torch.equal(found, rows.flatten(0, 1))
+    assert torch.equal(inside, torch.stack([found[:, block] for block in blocks_of_clip(pool)], 1))
