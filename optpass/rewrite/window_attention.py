@@ -92,6 +92,8 @@ class WindowWriter:
     def _seen(self, others: int) -> Node:
         """Which of a tile's keys are in a query's window: stored for one frame, and repeated for all."""
         seen = self.tiles.seen
+        if self.frames == 1 and not others:
+            return self._table("seen", lambda: seen)
 
         def stored() -> Tensor:
             return torch.nn.functional.pad(seen, (0, 1), value=True)

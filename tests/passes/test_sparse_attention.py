@@ -17,6 +17,8 @@ from optpass.ir.weights import Absent, WeightStore
 from optpass.passes.sparse_attention import SparseAttention
 from optpass.pipeline.manager import run_pass
 from optpass.pipeline.recipe import Step
+from optpass.pipeline.registry import target_class
+from optpass.pipeline.target import Lowering
 from optpass.rewrite.draft_attention import DraftWriter
 from optpass.rewrite.inward_windows import neighbours
 from optpass.rewrite.sparse_attention import SparseWriter, Tables
@@ -253,3 +255,183 @@ def test_blocks_are_a_permutation_and_back(capture_module):
     inside, found = graph.module(program.weights)(rows)
     assert torch.equal(found, rows.flatten(0, 1))
     assert torch.equal(inside, torch.stack([found[:, block] for block in blocks_of_clip(pool)], 1))
+
+
+GOLDEN = """\
+  %reshape_default_2 = reshape(%transpose_2, [2, 24, 8]) : f32[2, 24, 8]  ; layers.0
+  %index_select_default = index_select(%reshape_default, 1, @T.queries) : f32[2, 24, 8]  ; layers.0
+  %reshape_default_3 = reshape(%index_select_default, [2, 6, 4, 8]) : f32[2, 6, 4, 8]  ; layers.0
+  %index_select_default_1 = index_select(%reshape_default_1, 1, @T.keys) : f32[2, 48, 8]  ; layers.0
+  %reshape_default_4 = reshape(%index_select_default_1, [2, 6, 8, 8]) : f32[2, 6, 8, 8]  ; layers.0
+  %index_select_default_2 = index_select(%reshape_default_2, 1, @T.keys) : f32[2, 48, 8]  ; layers.0
+  %reshape_default_5 = reshape(%index_select_default_2, [2, 6, 8, 8]) : f32[2, 6, 8, 8]  ; layers.0
+  %scaled_dot_product_attention_default = scaled_dot_product_attention(%reshape_default_3, %reshape_default_4, %reshape_default_5, @T.seen) : f32[2, 6, 4, 8]  ; layers.0
+  %reshape_default_6 = reshape(%scaled_dot_product_attention_default, [2, 24, 8]) : f32[2, 24, 8]  ; layers.0
+  %index_select_default_3 = index_select(%reshape_default_6, 1, @T.back) : f32[2, 24, 8]  ; layers.0
+  %reshape_default_7 = reshape(%index_select_default_3, [1, 2, 24, 8]) : f32[1, 2, 24, 8]  ; layers.0
+"""  # noqa: E501
+
+
+def test_golden(capture_module):
+    program, _ = capture_module(partial(Clip, 1), clip=torch.zeros(1, 4, 1, 4, 6))
+    after, _ = sparse(program, pattern="window", radius=(0, 1), tile=(2, 2))
+    lines = graph_text(after.entries["full"]).replace("sparse_attention", "T").splitlines(keepends=True)
+    start = next(index for index, line in enumerate(lines) if "T.queries" in line) - 1
+    stop = next(index for index, line in enumerate(lines) if "T.back" in line) + 2
+    assert "".join(lines[start:stop]) == GOLDEN
+
+
+def test_layers_and_entries_share_tables(capture_module):
+    program, _ = capture_module(partial(Clip, 3, 2), clip=torch.zeros(CLIP))
+    program = Program({**program.entries, "other": program.entries["full"].copy()}, program.weights, program.origin)
+    after, record = sparse(program, pattern="window", radius=(1, 1), tile=(2, 2), layers=[0, 2])
+    assert list(record.sites) == ["layers.0", "layers.2", "other:layers.0", "other:layers.2"]
+    tables = sorted(after.weights.keys() - program.weights.keys())
+    leaves = ("back", "keys", "queries", "seen", "seen_columns", "seen_rows")
+    assert tables == [f"sparse_attention.{leaf}" for leaf in leaves]
+    assert record.after.totals.parameters == record.before.totals.parameters
+
+
+FORMS = {
+    "window, blocks": {"pattern": "window", "radius": (1, 1), "tile": (2, 2)},
+    "window, mask": {"pattern": "window", "radius": (1, 1), "form": "mask"},
+    "draft per row": {"pattern": "draft", "pool": (3, 4), "per": "row", "sparsity": 0.5},
+    "draft per row, mask": {"pattern": "draft", "pool": (3, 4), "per": "row", "sparsity": 0.5, "form": "mask"},
+    "draft per head": {"pattern": "draft", "pool": (3, 4), "sparsity": 0.5},
+}
+QUICK = ("window, blocks", "draft per row")
+SLOWER = ("window, mask", "draft per row, mask", "draft per head")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_second_run_finds_nothing(form, capture_module):
+    program, _ = capture_module(partial(Clip, 1, 2), clip=torch.zeros(CLIP))
+    after, record = sparse(program, **FORMS[form])
+    assert record.modified
+    for other in (FORMS[form], FORMS["window, blocks"]):
+        _, record = sparse(after, **other)
+        assert not record.modified
+        assert record.declined
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_open_batch(form, capture_shared):
+    """One graph for every batch gives what the graph of one gives."""
+    program = capture_shared(partial(Clip, 1, 2), {"clip": ("batch", *CLIP[1:])}, {"batch": Span(1, 5)})
+    fixed = capture_shared(partial(Clip, 1, 2), {"clip": (3, *CLIP[1:])}, {})
+    clip = torch.randn(3, *CLIP[1:])
+    results = []
+    for each in (program, fixed):
+        after, record = sparse(each, **FORMS[form])
+        assert len(record.sites) == 1
+        results.append(program_runner(after, "full")({"clip": clip}))
+    assert outputs_difference(*results).relative_error <= 1e-5
+
+
+@pytest.mark.parametrize("form", [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOWER)])
+def test_in_onnxruntime(form, capture_module, tmp_path):
+    clip = torch.randn(CLIP)
+    program, _ = capture_module(partial(Clip, 1, 2), clip=clip)
+    after, _ = sparse(program, **FORMS[form])
+    target = target_class("onnxruntime")(threads=1)
+    entry = target.lower(after, Lowering(tmp_path))["full"]
+    record = {"engine": entry.main, "outputs": [spec.as_json() for spec in entry.outputs], "details": entry.details}
+    found = type(target).load(tmp_path, record, {"threads": 1})({"clip": clip})
+    assert outputs_difference(found, program_runner(after, "full")({"clip": clip})).relative_error <= 1e-5
+
+
+def test_a_grid_that_inputs_do_not_say(capture_module):
+    class Sequence(Clip):
+        def forward(self, clip):
+            for layer in self.layers:
+                clip = layer(clip)
+            return clip
+
+    rows = torch.randn(2, FRAMES * HEIGHT * WIDE, WIDTH)
+    program, module = capture_module(partial(Sequence, 1), clip=rows)
+    options = {"pattern": "window", "radius": (1, 1), "tile": (2, 2)}
+    _, record = sparse(program, **options)
+    assert [item.reason for item in record.declined] == [
+        "its tokens are no grid of rows and columns that inputs say: give it as grid"
+    ]
+    _, record = sparse(program, **options, grid=(2, 4, 8))
+    assert [item.reason for item in record.declined] == ["its tokens are 96, none of them 2 × 4 × 8"]
+    after, _ = sparse(program, **options, grid=(FRAMES, HEIGHT, WIDE))
+    expected = module.layers[0](rows, lambda q, k: window_of_clip((1, 1)))
+    compare(after, rows, expected)
+
+
+REFUSED = {
+    "causal": (partial(Layer, causal=True), {}, "it has a mask already (simplify drops one that hides nothing)"),
+    "masked": (partial(Layer, masked=True), {}, "it has a mask already (simplify drops one that hides nothing)"),
+    "written out": (
+        partial(Layer, written_out=True),
+        {},
+        "it is written out as products, and only scaled_dot_product_attention has the form that is needed",
+    ),
+    "no blocks": (
+        Layer,
+        {"pattern": "draft", "pool": (4, 4)},
+        "blocks of 4 × 4 do not divide its grid of 6 × 8",
+    ),
+    "nothing saved": (
+        Layer,
+        {"radius": (2, 3)},
+        "tiles with the windows around them multiply as much as all tokens do: smaller radius or tile",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, capture_module):
+    layer, options, reason = REFUSED[case]
+    program, _ = capture_module(partial(Clip, 1, layer=layer), clip=torch.zeros(CLIP))
+    _, record = sparse(program, **{"pattern": "window", "radius": (1, 1), "tile": (2, 2), **options})
+    assert not record.modified
+    assert [(item.path, item.reason) for item in record.declined] == [("layers.0", reason)]
+
+
+def test_open_grids_are_refused(capture_shared):
+    sizes = {"height": Span(4, 16)}
+    program = capture_shared(partial(Clip, 1), {"clip": (2, 4, 2, "height", 8)}, sizes)
+    _, record = sparse(program, pattern="window", radius=(1, 1))
+    assert [item.reason for item in record.declined] == [
+        "the sizes of its grid are open, and windows and blocks are of one grid"
+    ]
+
+
+def test_blocks_per_head_have_no_shape():
+    with pytest.raises(ValueError, match="per: row, or form: mask"):
+        SparseAttention(pattern="draft", form="blocks")
+
+
+def test_half_precision(capture_module):
+    program, _ = capture_module(lambda: Clip(1).half(), clip=torch.zeros(CLIP, dtype=torch.float16))
+    for options in FORMS.values():
+        assert sparse(program, **options)[1].modified
+
+
+def of_denoiser(name, **options):
+    graph = denoiser(name)
+    specs = {str(n.target): n.meta["val"] for n in graph.fx.nodes if n.op == "get_attr"}
+    weights = WeightStore({name: Absent(name, tuple(v.shape), v.dtype) for name, v in specs.items()})
+    return sparse(Program({"full": graph.copy()}, weights, Origin("test")), **options)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["window, blocks", "draft per row", "draft per head"])
+def test_in_denoisers(form):
+    """Wan's clip, and CogVideoX's behind its text; cross-attention, Latte's frames and HunyuanVideo's mask stay."""
+    options = {**FORMS[form], "layers": [1], **({"pool": (2, 3)} if "draft" in form else {})}
+    wan = of_denoiser("Wan 2.1 text-to-video 1.3B", **options)
+    assert list(wan.sites) == ["blocks.1.attn1"]
+    assert [item.reason.partition(":")[0] for item in wan.declined] == ["cross-attention"]
+    assert list(of_denoiser("CogVideoX 5B", **options).sites) == ["transformer_blocks.1.attn1"]
+    latte = of_denoiser("Latte-1", **options)
+    assert list(latte.sites) == ["transformer_blocks.1.attn1"]
+    assert latte.declined[-1].reason == "its tokens are no grid of rows and columns that inputs say: give it as grid"
+    hunyuan = of_denoiser("HunyuanVideo", **options)
+    assert not hunyuan.modified
+    assert {item.reason for item in hunyuan.declined} == {
+        "it has a mask already (simplify drops one that hides nothing)"
+    }
