@@ -20,7 +20,9 @@ from clockwork_table import clockwork
 from cutting_table import cutting
 from hoist_table import hoist
 from models_table import FAMILIES, models
+from padre_table import padre
 from skipat_table import skipat
+from sparse_table import sparse
 from structure_table import structure
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +147,8 @@ def main(names: Sequence[str]) -> None:
         "hoist-invariants": hoist,
         "cutting": cutting,
         "skipat": partial(skipat, optpass),
+        "padre": partial(padre, RESULTS / "padre.md"),
+        "sparse": sparse,
         "structure": partial(structure, optpass, ROOT),
         "models": partial(models, optpass, table),
     }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from optpass.ir.program import Origin, Program
 from optpass.ir.text import graph_text
 from optpass.ir.weights import Absent, Constant, WeightStore
 from optpass.passes.polynomial_attention import PolynomialAttention
-from optpass.pipeline.manager import run_pass
-from optpass.pipeline.recipe import Step
+from optpass.pipeline.manager import run_pass, run_passes
+from optpass.pipeline.recipe import Step, find_recipe, load_recipe
 from optpass.rewrite.probes import choice_of, probes
 
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 WIDTH, HEADS = 8, 2
 
 
@@ -458,3 +460,17 @@ def test_entries_that_share_weights_share_new_ones(capture_module):
     after, record = small(program)
     assert list(record.sites) == ["layers.0.attn", "layers.1.attn", "other:layers.0.attn", "other:layers.1.attn"]
     assert all(after.untrained <= set(graph.weight_names) for graph in after.entries.values())
+
+
+def test_the_recipe_on_digits_vit():
+    """65 tokens of 96 channels are few: a kernel of 11 costs more than attention, one of 3 costs less."""
+    program = capture(CHECKPOINTS / "digits-vit", inputs={"pixel_values": (2, 1, 32, 32)}, dtype=torch.float32)
+    steps = load_recipe(find_recipe("padre-vit")).steps
+    simple, [_, record] = run_passes(program, steps)
+    assert not record.modified
+    assert all(item.reason.endswith("and pay from 134 tokens on") for item in record.declined)
+    after, record = polynomial(simple, kernel=3)
+    assert list(record.sites) == [f"vit.layers.{number}.attention" for number in range(12)]
+    assert record.after.totals.macs_attention == 0
+    assert record.after.totals.macs < record.before.totals.macs
+    assert after.untrained
