@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from optpass.evaluate.latency import Latency, milliseconds
+from optpass.evaluate.latency import Latency, Ratio, milliseconds
 from optpass.evaluate.trials import random_inputs
 from optpass.ir.program import Program
 from optpass.pipeline.registry import target_class
@@ -67,7 +67,16 @@ def layer(sizes: Sequence[int], width: int) -> Program:
 def told(times: Sequence[float]) -> str:
     """The median in milliseconds, with the spread."""
     found = Latency.of("", times)
-    return f"{found.median:.3g} ({found.p10:.3g} … {found.p90:.3g})"
+    return f"{_figures(found.median)} ({_figures(found.p10)} … {_figures(found.p90)})"
+
+
+def faster(ratio: Ratio) -> str:
+    """The inverse of a ratio of times, with the spread of the pairs."""
+    return f"{1 / ratio.median:.2f}× ({1 / ratio.p90:.2f} … {1 / ratio.p10:.2f})"
+
+
+def _figures(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(head: str, rows: Iterable[str]) -> str:

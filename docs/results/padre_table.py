@@ -9,7 +9,7 @@ from math import log
 from pathlib import Path
 from typing import NamedTuple
 
-from attention_layer import layer, table, times, told
+from attention_layer import faster, layer, table, times, told
 
 from optpass.analysis.cost import measure
 from optpass.evaluate.latency import Ratio
@@ -69,7 +69,7 @@ def _name(degree: int) -> str:
 def _row(row: Row) -> str:
     ratios = [row.ratio(degree) for degree in DEGREES]
     cells = [f"{row.tokens:,}", str(row.width), *map(told, row.times.values())]
-    cells += [f"{1 / each.median:.3g}× ({1 / each.p90:.3g} … {1 / each.p10:.3g})" for each in ratios]
+    cells += map(faster, ratios)
     cells += [" / ".join(f"{count / 1e6:.4g}" for count in row.macs.values()), str(len(row.times[DENSE]))]
     return f"| {' | '.join(cells)} |"
 
