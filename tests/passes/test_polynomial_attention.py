@@ -462,6 +462,7 @@ def test_entries_that_share_weights_share_new_ones(capture_module):
     assert all(after.untrained <= set(graph.weight_names) for graph in after.entries.values())
 
 
+@pytest.mark.slow
 def test_the_recipe_on_digits_vit():
     """65 tokens of 96 channels are few: a kernel of 11 costs more than attention, one of 3 costs less."""
     program = capture(CHECKPOINTS / "digits-vit", inputs={"pixel_values": (2, 1, 32, 32)}, dtype=torch.float32)
