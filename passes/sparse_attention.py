@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch.fx import Node
 
@@ -12,7 +13,7 @@ from optpass.analysis.attention import Attention, attentions
 from optpass.analysis.attention_choice import Choice
 from optpass.analysis.operators import argument, aten
 from optpass.analysis.token_grids import Grid
-from optpass.ir.graph import Graph, shape_of
+from optpass.ir.graph import Graph, shape_of, value_of
 from optpass.ir.program import Program
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context, Pass
@@ -31,16 +32,16 @@ class SparseAttention(Pass):
     blocks; a softmax over their mean queries and keys says which blocks attend to which, and the int(`sparsity` ·
     blocks²) least of each head are dropped, save the largest of these and its equals (`per: head`, as released), or
     the int(`sparsity` · blocks) least of each block of queries (`per: row`, ours). Text and other tokens that are
-    no pixels attend to all and are attended to by all.
+    no pixels attend to all and are attended to by all, save what a mask of keys hides, such as a text's padding.
 
     `form: blocks` reads the keys that a tile or block of queries needs, and multiplies no others: it is faster, the
     more so the longer the sequence. `form: mask` multiplies all and masks: the reference, **not faster** anywhere.
     Drafts per head leave every row a number of blocks of its own and have this form alone: in an engine of fixed shapes
     they show what the draft costs in quality, and `per: row` is what saves time.
 
-    Leaves alone, with the reason: cross-attention, attention over time or within windows, masks and causal attention,
-    products that are written out, heads that share keys; grids of open size, and such as `pool` does not divide
-    (the released form has no padding either); windows or blocks that would multiply as much as all tokens do.
+    Leaves alone, with the reason: cross-attention, attention over time or within windows, causal attention and other
+    masks, products that are written out, heads that share keys; grids of open size, and such as `pool` does not
+    divide (the released form has no padding either); windows or blocks that would multiply as much as all tokens do.
 
     Source: FreeSwim, arXiv 2511.14712, and DraftAttention, Shen et al., arXiv 2505.14708, in the released forms;
     both without training.
@@ -160,11 +161,18 @@ class _Site:
 def _unfit(each: Attention) -> str:
     if each.kind == "cross" or each.queries.size != each.keys.size:
         return "cross-attention: its keys are no grid that queries have a place in"
-    if each.core.is_causal or each.core.masks:
+    if each.core.is_causal or not all(_is_of_keys(mask, each) for mask in each.core.masks):
         return "it has a mask already (simplify drops one that hides nothing)"
     if each.queries.is_windowed:
         return "it is among the tokens of a window already"
     return "its heads share keys" if each.key_heads != each.heads else ""
+
+
+def _is_of_keys(mask: Node, each: Attention) -> bool:
+    """Whether ``mask`` hides the same keys from all queries and in all heads."""
+    shape = shape_of(mask)
+    is_row = len(shape) == 4 and shape[1:3] == (1, 1) and shape[3] == each.keys.size
+    return is_row and value_of(mask).dtype == torch.bool
 
 
 def _unwritable(node: Node) -> str:

@@ -67,7 +67,7 @@ def layer(sizes: Sequence[int], width: int) -> Program:
 def told(times: Sequence[float]) -> str:
     """The median in milliseconds, with the spread."""
     found = Latency.of("", times)
-    return f"{_figures(found.median)} ({_figures(found.p10)} … {_figures(found.p90)})"
+    return f"{figures(found.median)} ({figures(found.p10)} … {figures(found.p90)})"
 
 
 def faster(ratio: Ratio) -> str:
@@ -75,7 +75,8 @@ def faster(ratio: Ratio) -> str:
     return f"{1 / ratio.median:.2f}× ({1 / ratio.p90:.2f} … {1 / ratio.p10:.2f})"
 
 
-def _figures(value: float) -> str:
+def figures(value: float) -> str:
+    """Three digits, and all of a large number."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

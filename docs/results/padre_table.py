@@ -9,7 +9,7 @@ from math import log
 from pathlib import Path
 from typing import NamedTuple
 
-from attention_layer import faster, layer, table, times, told
+from attention_layer import faster, figures, layer, table, times, told
 
 from optpass.analysis.cost import measure
 from optpass.evaluate.latency import Ratio
@@ -70,7 +70,7 @@ def _row(row: Row) -> str:
     ratios = [row.ratio(degree) for degree in DEGREES]
     cells = [f"{row.tokens:,}", str(row.width), *map(told, row.times.values())]
     cells += map(faster, ratios)
-    cells += [" / ".join(f"{count / 1e6:.4g}" for count in row.macs.values()), str(len(row.times[DENSE]))]
+    cells += [" / ".join(figures(count / 1e6) for count in row.macs.values()), str(len(row.times[DENSE]))]
     return f"| {' | '.join(cells)} |"
 
 
@@ -78,7 +78,8 @@ def _crossings(rows: Sequence[Row]) -> Iterator[str]:
     for width in SIDES:
         for degree in DEGREES:
             points = [(row.tokens, row.ratio(degree).median) for row in rows if row.width == width]
-            fewer = f"fewer MACs from {_pays(width, degree):,} tokens on"
+            pays = _pays(width, degree)
+            fewer = f"fewer MACs from {pays:,} tokens on" if pays > 1 else "fewer MACs at any count"
             yield f"- d = {width}, degree {degree}: {_crossing(points)}; {fewer}."
 
 

@@ -65,10 +65,11 @@ class DraftWriter:
         first = writer.call(aten.mul.Tensor, writer.call(aten.reshape.default, first, [batch, 1, 1]), count)
         chosen = writer.call(aten.add.Tensor, chosen, first)
         chosen = writer.call(aten.reshape.default, chosen, [batch * count * self.kept])
-        query, key, value = (self.in_blocks(self._pixels(each)) for each in writer.matrices)
-        keys, values = (self._gathered(each, chosen) for each in (key, value))
-        keys, values = (self._with_others(*each) for each in zip((keys, values), writer.matrices[1:], strict=True))
-        return writer.whole(self.in_order(writer.attend(query, keys, values)))
+        query, key, value = writer.matrices
+        keys, values = self._gathered(key, chosen), self._gathered(value, chosen)
+        visible = writer.unhidden and self._call(aten.mT.default, self._gathered(writer.unhidden, chosen))
+        blocks = writer.attend(self.in_blocks(self._pixels(query)), keys, values, visible)
+        return writer.whole(self.in_order(blocks))
 
     def in_blocks(self, pixels: Node) -> Node:
         """``pixels`` [batch, frames · height · width, channels], block by block: [batch, blocks, block, channels]."""
@@ -121,12 +122,17 @@ class DraftWriter:
         """The smallest of the ``count`` largest."""
         return self._call(aten.slice.Tensor, self._largest(values, count, 0), 2, count - 1, count)
 
-    def _gathered(self, blocks: Node, chosen: Node) -> Node:
-        """``blocks`` [batch, blocks, block, channels] at ``chosen``: [batch, blocks, kept · block, channels]."""
+    def _gathered(self, matrix: Node, chosen: Node) -> Node:
+        """For every block the rows of ``matrix`` that it sees, [batch, blocks, rows, channels].
+
+        Those of blocks at ``chosen``, and behind them those that are no pixels.
+        """
+        blocks = self.in_blocks(self._pixels(matrix))
         batch, count, size, width = shape_of(blocks)
         rows = self._call(aten.reshape.default, blocks, [batch * count, size * width])
         rows = self._call(aten.index_select.default, rows, 0, chosen)
-        return self._call(aten.reshape.default, rows, [batch, count, self.kept * size, width])
+        rows = self._call(aten.reshape.default, rows, [batch, count, self.kept * size, width])
+        return self._with_others(rows, matrix)
 
     def _with_others(self, gathered: Node, matrix: Node) -> Node:
         """And behind them, for every block, the rows of ``matrix`` that are no pixels."""

@@ -39,7 +39,8 @@ class Tables:
 class SparseWriter:
     """Writes what takes the place of ``dense``, a scaled_dot_product_attention of [batch, heads, tokens, channels].
 
-    ``grid`` says which tokens are pixels; all others attend to all and are attended to by all.
+    ``grid`` says which tokens are pixels; all others attend to all and are attended to by all. A mask of ``dense`` is
+    one of keys, such as the padding of a text: boolean, [batch or 1, 1, 1, tokens].
     """
 
     graph: Graph
@@ -66,6 +67,21 @@ class SparseWriter:
         q, k, v = (self._matrix(operand) for operand in self.dense.args[:3])
         return q, k, v
 
+    @property
+    def mask(self) -> Node | None:
+        found: Node | None = argument(self.dense, "attn_mask")
+        return found
+
+    @cached_property
+    def unhidden(self) -> Node | None:
+        """The mask as a matrix [batch · heads, tokens, 1]; inserted where it is first asked for."""
+        if self.mask is None:
+            return None
+        batch, heads, tokens, _ = shape_of(self.dense)
+        column = self.call(aten.permute.default, self.mask, [0, 1, 3, 2])
+        column = self.call(aten.expand.default, column, [batch, heads, tokens, 1])
+        return self.call(aten.reshape.default, column, [batch * heads, tokens, 1])
+
     def call(self, operator: Any, *args: Any, **kwargs: Any) -> Node:
         return self.graph.call(operator, *args, like=self.dense, **kwargs)
 
@@ -88,6 +104,8 @@ class SparseWriter:
         if shape_of(mask)[0] != 1:
             batch = shape_of(self.dense)[:2]
             mask = self.call(aten.reshape.default, mask, [*batch, self.tokens, self.tokens])
+        if self.mask is not None:
+            mask = self.call(aten.logical_and.default, mask, self.mask)
         query, key, value = self.dense.args[:3]
         return self.attend(query, key, value, mask)
 
@@ -102,7 +120,7 @@ class SparseWriter:
 
     def _dense_rows(self, start: int, stop: int) -> Node:
         query, key, value = self.dense.args[:3]
-        return self.attend(self.call(aten.slice.Tensor, query, 2, start, stop), key, value)
+        return self.attend(self.call(aten.slice.Tensor, query, 2, start, stop), key, value, self.mask)
 
     def _matrix(self, operand: Any) -> Node:
         batch, heads, tokens, channels = shape_of(operand)

@@ -74,7 +74,11 @@ class WindowWriter:
         query = self._rows(query, self._table("queries", queries), count)
         shared = self._table("keys", keys)
         key, value = self._rows(key, shared, count), self._rows(value, shared, count)
-        result = writer.attend(query, key, value, self._seen(len(others)))
+        mask = self._seen(len(others))
+        if writer.unhidden is not None:
+            visible = writer.call(aten.mT.default, self._rows(writer.unhidden, shared, count))
+            mask = writer.call(aten.logical_and.default, mask, visible)
+        result = writer.attend(query, key, value, mask)
         batch, _, tile, width = shape_of(result)
         result = writer.call(aten.reshape.default, result, [batch, count * tile, width])
         return writer.whole(writer.call(aten.index_select.default, result, 1, self._table("back", back)))

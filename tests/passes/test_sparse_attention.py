@@ -132,6 +132,42 @@ def test_windows_are_those_of_an_independent_module(case, form, capture_module):
     assert fewer == (form == "blocks")
 
 
+class Hidden(Clip):
+    """That hides keys: pixels by the clip, and every second of the tokens before them."""
+
+    def hidden(self, clip):
+        text = torch.arange(self.text.shape[1]) % 2 == 0
+        return torch.cat([text.expand(clip.shape[0], -1), clip[:, 0].flatten(1) > -0.5], 1)[:, None, None]
+
+    def forward(self, clip, seen=None):
+        x = torch.cat([self.text.expand(clip.shape[0], -1, -1), self.embed(clip).flatten(2).mT], 1)
+        for layer in self.layers:
+            q, k, v = layer.heads(x)
+            if seen is None:
+                z = functional.scaled_dot_product_attention(q, k, v, attn_mask=self.hidden(clip))
+            else:
+                z = attend(q, k, v, seen(q, k) & self.hidden(clip))
+            x = x + layer.proj(z.transpose(1, 2).flatten(2))
+        return x
+
+
+@pytest.mark.parametrize("form", ["blocks", "mask"])
+@pytest.mark.parametrize("pattern", ["window", "draft"])
+def test_hidden_keys_stay_hidden(pattern, form, capture_module):
+    clip = torch.randn(CLIP, generator=torch.Generator().manual_seed(3))
+    program, module = capture_module(partial(Hidden, 2, 3), clip=clip)
+    options = {"window": {"radius": (1, 2), "tile": (2, 2)}, "draft": {"pool": (3, 2), "per": "row", "sparsity": 0.6}}
+    after, record = sparse(program, pattern=pattern, form=form, **options[pattern])
+    assert len(record.sites) == 2
+
+    def seen(q, k):
+        drafts = drafted(q, k, (3, 2), 0.6, 3, "row")[0]
+        return with_all(window_of_clip((1, 2)) if pattern == "window" else drafts, 3, 0)
+
+    compare(after, clip, module(clip, seen))
+    assert not sparse(after, pattern=pattern, form=form, **options[pattern])[1].modified
+
+
 def test_every_pixel_sees_as_many():
     for radius in ((1, 2), (2, 3)):
         counts = neighbours((HEIGHT, WIDE), radius).sum(1)
@@ -420,7 +456,7 @@ def of_denoiser(name, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["window, blocks", "draft per row", "draft per head"])
 def test_in_denoisers(form):
-    """Wan's clip, and CogVideoX's behind its text; cross-attention, Latte's frames and HunyuanVideo's mask stay."""
+    """Wan's clip, CogVideoX's behind its text, HunyuanVideo's before one that has a mask; Latte's frames one by one."""
     options = {**FORMS[form], "layers": [1], **({"pool": (2, 3)} if "draft" in form else {})}
     wan = of_denoiser("Wan 2.1 text-to-video 1.3B", **options)
     assert list(wan.sites) == ["blocks.1.attn1"]
@@ -429,8 +465,6 @@ def test_in_denoisers(form):
     latte = of_denoiser("Latte-1", **options)
     assert list(latte.sites) == ["transformer_blocks.1.attn1"]
     assert latte.declined[-1].reason == "its tokens are no grid of rows and columns that inputs say: give it as grid"
-    hunyuan = of_denoiser("HunyuanVideo", **options)
-    assert not hunyuan.modified
-    assert {item.reason for item in hunyuan.declined} == {
-        "it has a mask already (simplify drops one that hides nothing)"
-    }
+    blocks = ["transformer_blocks.1", "single_transformer_blocks.1"]
+    hunyuan = of_denoiser("HunyuanVideo", **{**options, "layers": None}, match=blocks)
+    assert list(hunyuan.sites) == [f"{block}.attn" for block in blocks]
