@@ -65,10 +65,9 @@ class WindowWriter:
             return torch.cat([own, numbers(others).expand(count, -1)], 1).flatten()
 
         def back() -> Tensor:
-            # Of a token that is in two tiles, the last is as good as the first.
-            place = torch.empty(self.frames * size, dtype=torch.int64)
-            place[queries() - start] = torch.arange(count * self.frames * self.tiles.queries.shape[1])
-            return place
+            # Where each is, for the first time: a token may be in two tiles.
+            order = (found := queries()).argsort(stable=True)
+            return order[torch.searchsorted(found[order], torch.arange(start, start + self.frames * size))]
 
         query, key, value = writer.matrices
         query = self._rows(query, self._table("queries", queries), count)
