@@ -35,9 +35,9 @@ class SparseAttention(Pass):
     no pixels attend to all and are attended to by all, save what a mask of keys hides, such as a text's padding.
 
     `form: blocks` reads the keys that a tile or block of queries needs, and multiplies no others: it is faster, the
-    more so the longer the sequence. `form: mask` multiplies all and masks: the reference, **not faster** anywhere.
-    Drafts per head leave every row a number of blocks of its own and have this form alone: in an engine of fixed shapes
-    they show what the draft costs in quality, and `per: row` is what saves time.
+    more so the longer the sequence. `form: mask` multiplies all and masks: the reference, **no faster than dense
+    attention** (slower in ONNX Runtime). Drafts per head leave every row a number of blocks of its own and have this
+    form alone: they show what a draft costs in quality, and `per: row` is what saves time.
 
     Leaves alone, with the reason: cross-attention, attention over time or within windows, causal attention and other
     masks, products that are written out, heads that share keys; grids of open size, and such as `pool` does not
