@@ -22,6 +22,7 @@ from hoist_table import hoist
 from models_table import FAMILIES, models
 from padre_table import padre
 from skipat_table import skipat
+from sparse_digits import sparse_digits
 from sparse_table import sparse
 from structure_table import structure
 
@@ -149,6 +150,7 @@ def main(names: Sequence[str]) -> None:
         "skipat": partial(skipat, optpass),
         "padre": partial(padre, RESULTS / "padre.md"),
         "sparse": sparse,
+        "sparse-digits": partial(sparse_digits, ROOT / "tests" / "checkpoints" / "digits-vit"),
         "structure": partial(structure, optpass, ROOT),
         "models": partial(models, optpass, table),
     }
