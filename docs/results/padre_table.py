@@ -87,10 +87,10 @@ def _crossing(points: Sequence[tuple[int, float]]) -> str:
     """Where the ratio comes below 1 for good, between two counts of tokens on logarithmic scales."""
     slower = [index for index, (_, ratio) in enumerate(points) if ratio >= 1]
     if not slower:
-        return f"faster than attention at every count from {points[0][0]} on"
+        return f"faster than attention in the median at every count from {points[0][0]} on"
     last = slower[-1]
     if last + 1 == len(points):
-        return "faster than attention at no count"
+        return "faster than attention in the median at no count"
     (before, one), (after, other) = points[last], points[last + 1]
     share = log(one) / (log(one) - log(other))
     return f"as fast as attention at about {round(before * (after / before) ** share):,} tokens, faster beyond"
