@@ -20,6 +20,7 @@ from clockwork_table import clockwork
 from cutting_table import cutting
 from hoist_table import hoist
 from models_table import FAMILIES, models
+from padre_digits import padre_digits
 from padre_table import padre
 from skipat_table import skipat
 from sparse_digits import sparse_digits
@@ -149,6 +150,7 @@ def main(names: Sequence[str]) -> None:
         "cutting": cutting,
         "skipat": partial(skipat, optpass),
         "padre": partial(padre, RESULTS / "padre.md"),
+        "padre-digits": partial(padre_digits, ROOT / "tests" / "checkpoints" / "digits-vit"),
         "sparse": sparse,
         "sparse-digits": partial(sparse_digits, ROOT / "tests" / "checkpoints" / "digits-vit"),
         "structure": partial(structure, optpass, ROOT),

@@ -38,26 +38,34 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def sparse_digits(checkpoint: Path) -> str:
     """The page, of digits-vit in the folder ``checkpoint``."""
-    training = _module(checkpoint / "train.py")
-    scans, labels = training.digits("held-out")
-    images = training.render(scans)
+    images, labels = held_out(checkpoint)
     program = capture(checkpoint, inputs={"pixel_values": (BATCH, 1, 32, 32)}, dtype=torch.float32)
     program, record = run_pass(program, Step("simplify", Simplify()))
     products = record.after.totals.macs_attention
-    rows = [f"| dense | 100 % | {_accuracy(program, images, labels):.1f} % |"]
+    rows = [f"| dense | 100 % | {accuracy(program, images, labels, BATCH):.1f} % |"]
     for name, options in FORMS.items():
         after, record = run_pass(program, Step("sparse-attention", SparseAttention(**options)))
         assert len(record.sites) == 12, f"{name} declined: {record.declined}"
         share = 100 * record.after.totals.macs_attention / products
-        rows.append(f"| {name} | {share:.0f} % | {_accuracy(after, images, labels):.1f} % |")
+        rows.append(f"| {name} | {share:.0f} % | {accuracy(after, images, labels, BATCH):.1f} % |")
     return "\n\n".join([TEXT.format(count=len(labels)), table(HEADER, rows)])
 
 
-def _accuracy(program: Program, images: Tensor, labels: Tensor) -> float:
+def held_out(checkpoint: Path) -> tuple[Tensor, Tensor]:
+    """Images and labels that digits-vit, in the folder ``checkpoint``, was not trained on."""
+    training = _module(checkpoint / "train.py")
+    scans, labels = training.digits("held-out")
+    return training.render(scans), labels
+
+
+def accuracy(program: Program, images: Tensor, labels: Tensor, batch: int) -> float:
+    """Per cent that ``program`` reads right, ``batch`` at a time; the last images fill their batch up with zeros."""
     run, right = program_runner(program, "full"), 0
-    for start in range(0, len(labels), BATCH):
-        [logits] = run({"pixel_values": images[start : start + BATCH]}).values()
-        right += int((logits.argmax(-1) == labels[start : start + BATCH]).sum())
+    for start in range(0, len(labels), batch):
+        part = images[start : start + batch]
+        filled = torch.cat([part, part.new_zeros(batch - len(part), *part.shape[1:])])
+        [logits] = run({"pixel_values": filled}).values()
+        right += int((logits[: len(part)].argmax(-1) == labels[start : start + batch]).sum())
     return 100 * right / len(labels)
 
 

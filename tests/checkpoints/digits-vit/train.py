@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import time
@@ -113,6 +114,28 @@ def drawn_batch(
     other = torch.randperm(count, generator=generator)
     images = images * (1 - share[..., None, None]) + images[other] * share[..., None, None]
     return images, targets * (1 - share) + targets[other] * share
+
+
+class Drawn:
+    """The training scans by number as they are drawn in training, without mixup: for `distill`, and others.
+
+    An item is `pixel_values` [1, 32, 32] and its `target`. Each scan is drawn `times` times, moved and bent otherwise.
+    """
+
+    def __init__(self, times: int = 20, parameters: Hyperparameters = DISTILLED) -> None:
+        self.data, self.times = digits("train"), times
+        self.parameters = dataclasses.replace(parameters, batch=1, mixup=0.0)
+
+    def __len__(self) -> int:
+        return len(self.data[0]) * self.times
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        scan = number % len(self.data[0])
+        one = self.data[0][scan : scan + 1], self.data[1][scan : scan + 1]
+        images, _ = drawn_batch(one, self.parameters, number)
+        return {"pixel_values": images[0], "target": one[1][0]}
 
 
 def load_teacher() -> nn.Module:
