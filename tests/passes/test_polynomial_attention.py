@@ -463,15 +463,16 @@ def test_entries_that_share_weights_share_new_ones(capture_module):
 
 
 @pytest.mark.slow
-def test_the_recipe_on_digits_vit():
+def test_the_recipes_on_digits_vit():
     """65 tokens of 96 channels are few: a kernel of 11 costs more than attention, one of 3 costs less."""
     program = capture(CHECKPOINTS / "digits-vit", inputs={"pixel_values": (2, 1, 32, 32)}, dtype=torch.float32)
-    steps = load_recipe(find_recipe("padre-vit")).steps
-    simple, [_, record] = run_passes(program, steps)
+    _, [_, record] = run_passes(program, load_recipe(find_recipe("padre-vit")).steps)
     assert not record.modified
     assert all(item.reason.endswith("and pay from 134 tokens on") for item in record.declined)
-    after, record = polynomial(simple, kernel=3)
+    *steps, healing = load_recipe(find_recipe("padre-digits")).steps
+    assert healing.record.heals
+    after, [_, record] = run_passes(program, steps)
     assert list(record.sites) == [f"vit.layers.{number}.attention" for number in range(12)]
     assert record.after.totals.macs_attention == 0
-    assert record.after.totals.macs < record.before.totals.macs
+    assert record.after.totals.macs < 0.8 * record.before.totals.macs
     assert after.untrained
