@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch.fx import Node
 
-from optpass.analysis.attention import NORMS, Attention, Attentions, attentions
+from optpass.analysis.attention import Attention, Attentions, attentions
+from optpass.analysis.attention_choice import Key, hiding, keys_of, output_projection
 from optpass.analysis.module_paths import matches
-from optpass.analysis.operators import aten, is_view
-from optpass.ir.graph import Graph, path_of, shape_of, value_of
+from optpass.analysis.token_grids import Grid
+from optpass.ir.graph import Graph, path_of, shape_of
 from optpass.ir.program import Program
-from optpass.ir.weights import Constant, Expression, WeightStore
+from optpass.ir.weights import Expression, WeightStore
 from optpass.pipeline.contract import Contract, approximate, retrain
 from optpass.pipeline.passes import Context, Pass
 from optpass.rewrite.naming import WeightNames
-from optpass.rewrite.reused_attention import Grid, PhiWriter, Reused, Start, taken_apart
+from optpass.rewrite.reused_attention import PhiWriter, Reused, Start, taken_apart
 
 FIRST, LAST = 0.25, 0.75
 """Where the layers that reuse begin and end in a stack of any depth: 3 to 8 of 12."""
@@ -62,7 +62,7 @@ class ReuseAttention(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         found = attentions(program)
-        keys = _keys(found)
+        keys = keys_of(found)
         chosen = {keys[each] for each in self._chosen(found, context)}
         rewriter = _Rewriter(self, program.weights, context, WeightNames(program))
         for entry, graph in program.entries.items():
@@ -102,19 +102,6 @@ class ReuseAttention(Pass):
                 yield row[number]
 
 
-_Key = tuple[str, int]
-"""An attention in all entries: its path, and its number among those of this path."""
-
-
-def _keys(found: Attentions) -> dict[Attention, _Key]:
-    counts: Counter[tuple[str, str]] = Counter()
-    keys: dict[Attention, _Key] = {}
-    for each in found.found:
-        keys[each] = (each.path, counts[each.entry, each.path])
-        counts[each.entry, each.path] += 1
-    return keys
-
-
 def _rows(found: Attentions, entry: str) -> list[list[Attention]]:
     return [row for row in found.rows if row[0].entry == entry]
 
@@ -137,9 +124,9 @@ class _Rewriter:
     context: Context
     names: WeightNames
     made: dict[str, Expression] = field(default_factory=dict)
-    prefixes: dict[_Key, str] = field(default_factory=dict)
+    prefixes: dict[Key, str] = field(default_factory=dict)
 
-    def rewrite(self, graph: Graph, row: Sequence[Attention], chosen: Mapping[Attention, _Key]) -> None:
+    def rewrite(self, graph: Graph, row: Sequence[Attention], chosen: Mapping[Attention, Key]) -> None:
         reused: Reused | None = None
         for before, each in zip((None, *row), row, strict=False):
             site = self._site(each, before) if each in chosen else None
@@ -151,7 +138,7 @@ class _Rewriter:
             if site is not None:
                 self.context.decline(each.path, site, each.entry)
 
-    def _put(self, graph: Graph, key: _Key, site: _Site, reused: Reused | None) -> Reused:
+    def _put(self, graph: Graph, key: Key, site: _Site, reused: Reused | None) -> Reused:
         with graph.before(site.projection):
             reused = reused or taken_apart(graph, site.source, site.grid, site.projection)
             if self.options.phi == "conv":
@@ -161,7 +148,7 @@ class _Rewriter:
         site.projection.replace_all_uses_with(result)
         return reused
 
-    def _prefix(self, key: _Key) -> str:
+    def _prefix(self, key: Key) -> str:
         """What the parameters of a layer's Φ are called, the same in all entries."""
         if key not in self.prefixes:
             self.prefixes[key] = self.names.fresh(key[0], "reuse")
@@ -171,7 +158,7 @@ class _Rewriter:
         """Where Φ goes, or why none can."""
         if before is None or before.layer is None or each.layer != before.layer + 1:
             return "there is no such attention in the layer before"
-        projection, source = _projection(each), _projection(before)
+        projection, source = output_projection(each), output_projection(before)
         for reason in (_unfit(each), _hidden(each, self.weights)):
             if reason:
                 return reason
@@ -199,64 +186,19 @@ def _unfit(each: Attention) -> str:
 
 
 def _hidden(each: Attention, weights: WeightStore) -> str:
-    """Why a token may not see all others, of which Φ would know nothing; a learned bias hides none."""
-    if each.core.is_causal:
-        return "it is causal, and Φ looks at all neighbours"
-    if all(_is_learned(mask, weights) for mask in each.core.masks):
-        return ""
-    return "it has a mask (simplify drops one that hides nothing)"
-
-
-def _is_learned(mask: Node, weights: WeightStore) -> bool:
-    """Whether ``mask`` is made of parameters, and of nothing that the input says."""
-    if not value_of(mask).is_floating_point():
-        return False
-    pending, seen, learned = [mask], {mask}, False
-    while pending:
-        node = pending.pop()
-        if node.op == "placeholder":
-            return False
-        if node.op == "get_attr":
-            expression = weights[str(node.target)]
-            computed = isinstance(expression, Constant) and expression.computed
-            learned |= expression.dtype.is_floating_point and not computed
-        fresh = [operand for operand in node.all_input_nodes if operand not in seen]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return learned
-
-
-def _projection(each: Attention) -> Node | str:
-    """The layer that gives Z [batch, tokens, d] from the result of the attention and nothing else."""
-    layers = each.projections.output
-    if len(layers) != 1 or layers[0].target is not aten.linear.default:
-        return "no one linear layer projects its result"
-    [layer] = layers
-    node: Any = layer.args[0]
-    while node is not each.core.result.node:
-        if not (is_view(node) or node.target is aten.to.dtype or node.target in NORMS):
-            return f"its projection reads more than the attention ({path_of(node)}: %{node.name})"
-        node = node.all_input_nodes[0]
-    if len(shape_of(layer)) != 3 or shape_of(layer)[1] != each.queries.size:
-        return f"its projection gives {list(shape_of(layer))}, and not [batch, tokens, channels]"
-    return layer
+    """Why a token may not see all others, of which Φ would know nothing."""
+    reasons = {
+        "causal": "it is causal, and Φ looks at all neighbours",
+        "mask": "it has a mask (simplify drops one that hides nothing)",
+    }
+    return reasons.get(hiding(each, weights), "")
 
 
 def _grid(each: Attention) -> Grid | str:
-    start: Any = 0
-    found: Grid | None = None
     for part in each.queries.parts:
-        stop = start + part.size
-        if tuple(part.axes) in (("height", "width"), ("frames", "height", "width")):
-            height, width = part.axes["height"], part.axes["width"]
-            frames = part.axes.get("frames", 1)
-            if found is not None or part.size != frames * height * width:
-                return "its tokens are not one grid of rows and columns"
-            found = Grid(start, stop, frames, height, width)
-        elif part.axes:
+        if part.axes and not part.is_image:
             return f"among its tokens are {part.size} along {' × '.join(part.axes)}, which are no grid"
-        start = stop
-    return found or "its tokens are no grid of rows and columns"
+    return each.queries.image or "its tokens are no grid of rows and columns"
 
 
 def _reused(row: Sequence[Attention]) -> Node | None:

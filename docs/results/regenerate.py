@@ -22,7 +22,11 @@ from healed_table import healed
 from hoist_table import hoist
 from memory_table import memory
 from models_table import FAMILIES, models
+from padre_digits import padre_digits
+from padre_table import padre
 from skipat_table import skipat
+from sparse_digits import sparse_digits
+from sparse_table import sparse
 from structure_table import structure
 from tokens_table import tokens
 
@@ -150,6 +154,10 @@ def main(names: Sequence[str]) -> None:
         "cutting": cutting,
         "memory": memory,
         "skipat": partial(skipat, optpass),
+        "padre": partial(padre, RESULTS / "padre.md"),
+        "padre-digits": partial(padre_digits, ROOT / "tests" / "checkpoints" / "digits-vit"),
+        "sparse": sparse,
+        "sparse-digits": partial(sparse_digits, ROOT / "tests" / "checkpoints" / "digits-vit"),
         "structure": partial(structure, optpass, ROOT),
         "tokens": tokens,
         "models": partial(models, optpass, table),

@@ -12,6 +12,7 @@ from optpass.analysis.axes.structure import factors, terms
 Over = Literal["space", "time", "space-time", "sequence"]
 PIXELS = frozenset({"height", "width"})
 GRID = PIXELS | {"frames"}
+IMAGES = (("height", "width"), ("frames", "height", "width"))
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,22 @@ class Part:
     @property
     def is_grid(self) -> bool:
         return not GRID.isdisjoint(self.axes)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether they are rows of pixels, of one frame or of several."""
+        return tuple(self.axes) in IMAGES
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows ``start`` to ``stop`` (not included) of a sequence: ``frames`` times ``height`` × ``width`` tokens."""
+
+    start: Any
+    stop: Any
+    frames: Any
+    height: Any
+    width: Any
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,18 @@ class Tokens:
         return grids[0] if len(grids) == 1 else {}
 
     @property
+    def image(self) -> Grid | None:
+        """Where the pixels are, of one frame or of several; ``None`` unless one part is such a grid and no more."""
+        start: Any = 0
+        found: list[Grid | None] = []
+        for part in self.parts:
+            stop = start + part.size
+            if part.is_grid:
+                found.append(_image(part, start, stop))
+            start = stop
+        return found[0] if len(found) == 1 else None
+
+    @property
     def class_tokens(self) -> Any:
         """How many rows that come from no input stand before all others."""
         count: Any = 0
@@ -72,6 +101,13 @@ class Tokens:
     def is_windowed(self) -> bool:
         """Whether the sequence is a part of an axis of which the rest is folded into the batch."""
         return any(name in self.folded for part in self.parts for name in part.axes)
+
+
+def _image(part: Part, start: Any, stop: Any) -> Grid | None:
+    if not part.is_image:
+        return None
+    frames, height, width = part.axes.get("frames", 1), part.axes["height"], part.axes["width"]
+    return Grid(start, stop, frames, height, width) if part.size == frames * height * width else None
 
 
 def tokens_of(axes: Axes, dimension: Structure, batch: Iterable[Structure]) -> Tokens:

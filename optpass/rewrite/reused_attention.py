@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optpass.analysis.operators import aten
+from optpass.analysis.token_grids import Grid
 from optpass.ir.graph import PATH, Graph, shape_of, value_of
 from optpass.ir.weights import Constant, Expression
 
@@ -28,17 +29,6 @@ EXPANSION, KERNEL, NEIGHBOURS = 2, 5, 3
 STEEPNESS = 4.0
 """Of the start near the identity: GELU(sx) − GELU(−sx) is sx, and GELU of GELU comes nearer to it the larger s is."""
 Start = Literal["identity", "random"]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Rows ``start`` to ``stop`` (not included) of a sequence: ``frames`` times ``height`` × ``width`` tokens."""
-
-    start: Any
-    stop: Any
-    frames: Any
-    height: Any
-    width: Any
 
 
 @dataclass(frozen=True)
