@@ -15,11 +15,13 @@ from optpass.ir.hashing import file_digest
 from optpass.ir.program import Program
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context
+from optpass.rewrite.unit_removal import GATE
 from optpass.training.courses import Courses, GivenCourses, RandomCourses, Trajectories
+from optpass.training.exactly import ExactlyOpen
 from optpass.training.features import with_features
 from optpass.training.losses import Criterion, OutputLoss
 from optpass.training.networks import Network, Values, differing_call
-from optpass.training.objective import Supervised
+from optpass.training.objective import Objective, Supervised
 from optpass.training.trainable import Which, chosen
 from optpass.training.trainer import accelerated
 from optpass.training.training_pass import TrainingPass
@@ -41,6 +43,9 @@ class Distill(TrainingPass):
     inputs, which the report says. The data's hash, seed, updates and final loss go into the lock; data that has
     changed is refused.
 
+    With `open_gates`, exactly so many of the gates of `prune-blocks: {gated: true}` are open in every call, the
+    others closed; what is found of a gate is its importance, by which `prune-blocks: {importance: gates}` prunes.
+
     A training that was interrupted goes on from its last checkpoint and ends with the same weights; one that is over
     is not repeated. Both are found by the content of models, data and options, under `work`.
 
@@ -49,7 +54,8 @@ class Distill(TrainingPass):
     outputs that the teacher has in another shape.
 
     Source: distillation, Hinton et al., arXiv 1503.02531; adaptors trained on unrolled trajectories, Clockwork
-    Diffusion, arXiv 2312.08128; states of the student mixed in, DDIL, arXiv 2410.11971.
+    Diffusion, arXiv 2312.08128; states of the student mixed in, DDIL, arXiv 2410.11971; exactly n gates, MobileVD,
+    arXiv 2412.07583, figure 4.
     """
 
     train: Which = Field("new", description="what passes added, modules that match scopes, or everything")
@@ -67,6 +73,10 @@ class Distill(TrainingPass):
     data: str | None = Field(
         None, description="a folder of tensors or images, module:name or file.py:name of a dataset"
     )
+    open_gates: int | None = Field(
+        None, ge=1, description="exactly so many of the gates that prune-blocks inserted are open in a call"
+    )
+    gate_rate: float = Field(0.02, gt=0, description="learning rate of the gates' importances")
     student_states: float = Field(0.5, ge=0, le=1, description="share of generations that the student drives")
     contract = approximate()
     needs = "generations of the pipeline, or data"
@@ -122,7 +132,7 @@ class Distill(TrainingPass):
                 program,
                 networks,
                 courses,
-                lambda: Supervised(self._criterion()),
+                lambda: self._objective(networks[0]),
                 accelerator,
                 context,
                 models=(program, teacher),
@@ -154,6 +164,13 @@ class Distill(TrainingPass):
                 in_order=not program.loop.stateless,
             )
         return RandomCourses(program, call, calls=self.calls, seed=self.seed)
+
+    def _objective(self, student: Network) -> Objective:
+        supervised = Supervised(self._criterion())
+        if self.open_gates is None:
+            return supervised
+        gates = [name for name in student.parameters if name.rpartition(".")[2] == GATE]
+        return ExactlyOpen(supervised, student, gates, self.open_gates, self.gate_rate)
 
     def _code(self) -> str:
         """The hash of the task's own loss, where it stands in a file."""

@@ -16,7 +16,12 @@ from optpass.training.losses import Criterion
 
 
 class Objective(ABC):
-    """Losses of lessons; a discriminator or a running mean that goes with them has its state here."""
+    """Losses of lessons; a discriminator or a running mean that goes with them has its state here.
+
+    ``own`` are weights of the student that it moves itself.
+    """
+
+    own: frozenset[str] = frozenset()
 
     @abstractmethod
     def terms(self, lesson: Lesson, learn: Runner, teach: Runner) -> dict[str, Tensor]:
@@ -29,6 +34,10 @@ class Objective(ABC):
     def step(self, update: int, lessons: int) -> dict[str, float]:
         """After the student's update from so many ``lessons``: that of everything else, and figures to be told."""
         return {}
+
+    def found(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The result of a training that ends with ``weights``."""
+        return dict(weights)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold of it: tensors, numbers, names."""

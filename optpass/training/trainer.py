@@ -79,9 +79,11 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._parameters = self.student.parameters
-        optimiser = torch.optim.AdamW(
-            list(self._parameters.values()), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
-        )
+        self._moved = [value for name, value in self._parameters.items() if name not in self.objective.own]
+        # An optimiser of nothing is an error; where the objective moves everything itself, this one sees no gradient.
+        # An optimiser of nothing is an error, and the objective may move everything itself.
+        moved = self._moved or [torch.nn.Parameter(torch.zeros(()))]
+        optimiser = torch.optim.AdamW(moved, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay)
         self._optimiser = self.accelerator.prepare(optimiser)
         average = {name: value.detach().clone() for name, value in self._parameters.items()}
         self._average = average if self.settings.average is not None else None
@@ -111,7 +113,7 @@ class Trainer:
                 self._save()
         self._count(saved)
         found: Mapping[str, Tensor] = self._parameters if self._average is None else self._average
-        return {name: value.detach().cpu() for name, value in found.items()}
+        return self.objective.found({name: value.detach().cpu() for name, value in found.items()})
 
     def _count(self, since: float) -> None:
         self.progress.seconds += time.monotonic() - since
@@ -154,7 +156,7 @@ class Trainer:
         for group in self._optimiser.param_groups:
             group["lr"] = settings.rate(update)
         if settings.clip is not None:
-            self.accelerator.clip_grad_norm_(list(self._parameters.values()), settings.clip)
+            self.accelerator.clip_grad_norm_(self._moved, settings.clip)
         self._optimiser.step()
         if self._average is not None and settings.average is not None:
             # At first of few updates: the weights from before training must not stay in it.
