@@ -14,7 +14,6 @@ from optpass.ir.program import InputRange, Program
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context
 from optpass.rewrite.guided import time_layers, with_scales
-from optpass.rewrite.stepping import computed_entry, without_loop
 from optpass.training.asking import GUIDANCE
 from optpass.training.guided import GuidedTrajectories
 from optpass.training.losses import Criterion, OutputLoss
@@ -75,14 +74,9 @@ class DistillGuidance(TrainingPass):
         return list(self._refusals(program))
 
     def _refusals(self, program: Program) -> Iterator[str]:
+        yield from self.unsteppable(program, "distill-guidance")
         loop = program.loop
-        if loop is None:
-            yield from without_loop(program)
-            return
-        if not program.origin.pipeline or program.origin.path is None:
-            yield "guidance is the pipeline's: give the folder of the whole pipeline, not of the model alone"
-        if computed_entry(loop) is None or not loop.stateless:
-            yield "its steps are split already: put distill-guidance in front of passes that cache"
+        if loop is None or not loop.stateless:
             return
         if loop.signature.defaults:
             yield "it takes scales already: guidance is distilled once"
@@ -92,7 +86,6 @@ class DistillGuidance(TrainingPass):
                 f"it was captured for {rows} rows, and the distilled model is asked once: capture one row "
                 f"(--inputs {loop.sample}=1x…); guidance of the original is then two calls"
             )
-        yield from self.untrainable(program)
 
     def run(self, program: Program, context: Context) -> Program:
         assert program.loop is not None

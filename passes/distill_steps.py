@@ -16,7 +16,6 @@ from optpass.ir.loop import Listed, Sampling
 from optpass.ir.program import Program
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context
-from optpass.rewrite.stepping import computed_entry, without_loop
 from optpass.training.adversarial import Adversarial, discriminator_for
 from optpass.training.clean import Generated, given_clean
 from optpass.training.courses import Courses
@@ -88,14 +87,10 @@ class DistillSteps(TrainingPass):
         return list(self._refusals(program))
 
     def _refusals(self, program: Program) -> Iterator[str]:
+        yield from self.unsteppable(program, "distill-steps")
         loop = program.loop
         if loop is None:
-            yield from without_loop(program)
             return
-        if not program.origin.pipeline or program.origin.path is None:
-            yield "the schedule is the pipeline's: give the folder of the whole pipeline, not of the model alone"
-        if computed_entry(loop) is None or not loop.stateless:
-            yield "its steps are split already: put distill-steps in front of passes that cache"
         if isinstance(loop.schedule, Listed):
             yield f"the schedule lists steps of {loop.schedule.of}"
         if loop.sampling and loop.sampling.guidance > 1 and self.guidance != 1:
@@ -103,7 +98,6 @@ class DistillSteps(TrainingPass):
                 f"it is sampled with guidance, {loop.sampling.guidance} evaluations a step, and would be without: put "
                 "distill-guidance in front, or say guidance: 1"
             )
-        yield from self.untrainable(program)
 
     def run(self, program: Program, context: Context) -> Program:
         assert program.loop is not None

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
+from engines import engine
 from torch import Tensor, nn
 from torch.nn import functional
 
 from optpass.evaluate.latency import Latency, Ratio, milliseconds
 from optpass.evaluate.trials import random_inputs
 from optpass.ir.program import Program
-from optpass.pipeline.registry import target_class
-from optpass.pipeline.target import Lowering, Runner
 from optpass.testing import capture_module
 
 HEAD = 64
@@ -45,11 +40,8 @@ def times(programs: Mapping[str, Program], seconds: float, least: int, most: int
     inputs = next(iter(programs.values())).entries["full"].inputs_at()
     call = [random_inputs(inputs, {}, seed=0)]
     found: dict[str, list[float]] = {name: [] for name in programs}
-    with ExitStack() as stack, torch.no_grad():
-        engines = {
-            name: engine(program, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-            for name, program in programs.items()
-        }
+    with torch.no_grad():
+        engines = {name: engine(program) for name, program in programs.items()}
         first = sum(milliseconds(each, call) for each in engines.values())
         turns = max(least, min(most, int(seconds * 1e3 / first)))
         for _ in range(turns):
@@ -83,11 +75,3 @@ def figures(value: float) -> str:
 def table(head: str, rows: Iterable[str]) -> str:
     """In Markdown, ``head`` being its first row."""
     return "\n".join([head, "|".join(["", *["---"] * (head.count("|") - 1), ""]), *rows])
-
-
-def engine(program: Program, folder: Path) -> Runner:
-    """``program`` in ONNX Runtime on one thread."""
-    target: Any = target_class("onnxruntime")
-    entry = target(threads=1).lower(program, Lowering(folder))["full"]
-    record = {"engine": entry.main, "outputs": [spec.as_json() for spec in entry.outputs], "details": entry.details}
-    return target.load(folder, record, {"threads": 1})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from engines import engine
 
 from optpass.analysis.mac_rules import macs_of
 from optpass.capture.sources import capture
@@ -20,8 +20,6 @@ from optpass.ir.graph import path_of
 from optpass.ir.program import Program
 from optpass.pipeline.manager import PassRecord, run_passes
 from optpass.pipeline.recipe import make_recipe
-from optpass.pipeline.registry import target_class
-from optpass.pipeline.target import Lowering, Runner
 
 FOLDER = Path(__file__).parents[2] / "tests" / "checkpoints" / "digits-vit"
 # Every checkpoint has a train.py: by its path, and not by its name.
@@ -71,17 +69,9 @@ class Timed:
 
     def __init__(self, program: Program) -> None:
         self.inputs = random_inputs(program.entries["full"].inputs_at(), {}, seed=0)
-        self.engine = _engine(program)
+        self.engine = engine(program)
 
     def beside(self, program: Program, runs: int) -> Comparison:
         """The time of the engine of ``program`` beside this one's, ``runs`` pairs."""
-        pair = ("before", self.engine), ("after", _engine(program))
+        pair = ("before", self.engine), ("after", engine(program))
         return compare_latency(*pair, [self.inputs], runs=runs)
-
-
-def _engine(program: Program) -> Runner:
-    target: Any = target_class("onnxruntime")
-    with tempfile.TemporaryDirectory() as folder:
-        entry = target(threads=1).lower(program, Lowering(Path(folder)))["full"]
-        record = {"engine": entry.main, "outputs": [spec.as_json() for spec in entry.outputs], "details": entry.details}
-        return target.load(Path(folder), record, {"threads": 1})  # type: ignore[no-any-return]

@@ -6,25 +6,21 @@ import importlib.util
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from engines import timed as timed_beside
 from torch import nn
 
 from optpass.analysis.cost import measure
 from optpass.capture.sources import capture
 from optpass.capture.timm_import import timm_importable
 from optpass.evaluate.difference import program_runner
-from optpass.evaluate.latency import Comparison, compare_latency
-from optpass.evaluate.trials import random_inputs
 from optpass.ir.program import Program
 from optpass.pipeline.manager import run_passes
 from optpass.pipeline.recipe import make_recipe
-from optpass.pipeline.registry import target_class
-from optpass.pipeline.target import Lowering, Runner
 from optpass.testing import capture_module
 
 DIGITS = Path(__file__).parents[2] / "tests" / "checkpoints" / "digits-vit"
@@ -135,7 +131,7 @@ def _qformer() -> nn.Module:
 def _row(name: str, program: Program, applied: str, options: Mapping[str, Any]) -> str:
     after, _ = run_passes(program, make_recipe({"passes": [{applied: {**options}}], "unhealed": True}).steps)
     costs = [measure(each).totals for each in (program, after)]
-    timed = _timed(program, after)
+    timed = timed_beside(program, after, runs=RUNS, warmup=WARMUP)
     said = ", ".join(f"{key}: {value}" for key, value in options.items() if key in ("fraction", "length"))
     cells = [
         name,
@@ -146,20 +142,6 @@ def _row(name: str, program: Program, applied: str, options: Mapping[str, Any]) 
         f"{timed.ratio.median:.2f} ({timed.ratio.p10:.2f} … {timed.ratio.p90:.2f})",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _timed(before: Program, after: Program) -> Comparison:
-    inputs = random_inputs(before.entries["full"].inputs_at(), {}, seed=0)
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        engines = ("before", _engine(before, Path(one))), ("after", _engine(after, Path(other)))
-        return compare_latency(*engines, [inputs], runs=RUNS, warmup=WARMUP)
-
-
-def _engine(program: Program, folder: Path) -> Runner:
-    target: Any = target_class("onnxruntime")
-    entry = target(threads=1).lower(program, Lowering(folder))["full"]
-    record = {"engine": entry.main, "outputs": [spec.as_json() for spec in entry.outputs], "details": entry.details}
-    return target.load(folder, record, {"threads": 1})
 
 
 HEAD = """# MatFormer's slices, EfficientTAM's pooled memory, MA-LMM's bank

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engines import timed as timed_beside
 
 from optpass.capture.timm_import import timm_importable
-from optpass.evaluate.latency import Comparison, compare_latency
-from optpass.evaluate.trials import random_inputs
 from optpass.ir.program import Program
 from optpass.pipeline.manager import run_passes
 from optpass.pipeline.recipe import make_recipe
-from optpass.pipeline.registry import target_class
-from optpass.pipeline.target import Lowering, Runner
 from optpass.testing import capture_module
 
 SIZES = {"tiny": "T", "small": "S", "base": "B"}
@@ -80,7 +77,7 @@ def _latencies() -> Iterator[str]:
         program = _weighted(size, side)
         for phi in ("conv", "identity"):
             after, _ = run_passes(program, make_recipe({"passes": [{"reuse-attention": {"phi": phi}}]}).steps)
-            found, ratio = (timed := _timed(program, after)), timed.ratio
+            found, ratio = (timed := timed_beside(program, after, runs=RUNS, warmup=WARMUP)), timed.ratio
             times = f"{found.before.median:.1f} → {found.after.median:.1f}"
             # Of times after / before; throughput is its inverse.
             share = f"{1 / ratio.median:.2f} ({1 / ratio.p90:.2f} … {1 / ratio.p10:.2f})"
@@ -92,20 +89,6 @@ def _weighted(size: str, side: int) -> Program:
         import timm
     image = torch.zeros(1, 3, side, side)
     return capture_module(lambda: timm.create_model(name_of(size), img_size=side), x=image)[0]
-
-
-def _timed(before: Program, after: Program) -> Comparison:
-    inputs = random_inputs(before.entries["full"].inputs_at(), {}, seed=0)
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        engines = ("before", _engine(before, Path(one))), ("after", _engine(after, Path(other)))
-        return compare_latency(*engines, [inputs], runs=RUNS, warmup=WARMUP)
-
-
-def _engine(program: Program, folder: Path) -> Runner:
-    target: Any = target_class("onnxruntime")
-    entry = target(threads=1).lower(program, Lowering(folder))["full"]
-    record = {"engine": entry.main, "outputs": [spec.as_json() for spec in entry.outputs], "details": entry.details}
-    return target.load(folder, record, {"threads": 1})
 
 
 HEAD = """# SkipAt on DeiT

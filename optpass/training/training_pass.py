@@ -19,6 +19,7 @@ from optpass.ir.program import Program
 from optpass.ir.quantized import DEQUANTIZERS
 from optpass.pipeline.passes import Context, Pass
 from optpass.pipeline.progress import DETAIL
+from optpass.rewrite.stepping import computed_entry, without_loop
 from optpass.runtime.sampling import LABELS, Asked, usual_guidance
 from optpass.training.asking import Asking
 from optpass.training.courses import Courses
@@ -75,6 +76,17 @@ class TrainingPass(Pass):
             yield "the model is called in several ways, and training is of one"
         if any(node.target in DEQUANTIZERS for graph in program.entries.values() for node in graph.calls):
             yield "the model is quantised already: train it before quantize"
+
+    def unsteppable(self, program: Program, name: str) -> Iterator[str]:
+        """Why the pass ``name`` cannot make the steps of ``program`` others; nothing when it can."""
+        if program.loop is None:
+            yield from without_loop(program)
+            return
+        if not program.origin.pipeline or program.origin.path is None:
+            yield "steps are the pipeline's: give the folder of the whole pipeline, not of the model alone"
+        if computed_entry(program.loop) is None or not program.loop.stateless:
+            yield f"its steps are split already: put {name} in front of passes that cache"
+        yield from self.untrainable(program)
 
     def trained_names(self, program: Program, names: Collection[str], context: Context) -> list[str]:
         """Those of ``names`` that training may change; the others are declined with their reason.

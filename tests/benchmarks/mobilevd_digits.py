@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import optpass
 from optpass.evaluate.quality import Evaluator
 from optpass.pipeline.apply import apply
-from optpass.pipeline.recipe import Recipe, load_recipe
+from optpass.pipeline.recipe import Recipe, find_recipe, load_recipe
 from optpass.pipeline.records import machine
 from optpass.pipeline.request import Request
 from optpass.runtime.bundle import read_manifest
@@ -72,7 +72,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as temporary:
-        rungs = list(climbed(load_recipe(options.recipe), Path(temporary), options.clips))
+        rungs = list(climbed(load_recipe(find_recipe(options.recipe)), Path(temporary), options.clips))
         timed(rungs, options.rounds)
     broken = list(failures(rungs))
     options.out.write_text(page(rungs, broken, load, options), encoding="utf-8")
