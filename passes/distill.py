@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from optpass.analysis.module_paths import matches
-from optpass.errors import UserError, nearest, nearest_paths
+from optpass.errors import UserError, nearest_paths
 from optpass.evaluate.given_data import given_items, named_object
 from optpass.ir.hashing import file_digest
 from optpass.ir.program import Program
@@ -24,9 +24,7 @@ from optpass.training.networks import Network, Values, differing_call
 from optpass.training.objective import Objective, Supervised
 from optpass.training.trainable import Which, chosen
 from optpass.training.trainer import accelerated
-from optpass.training.training_pass import TrainingPass
-
-ORIGINAL = "original"
+from optpass.training.training_pass import ORIGINAL, TrainingPass
 
 
 class Distill(TrainingPass):
@@ -114,7 +112,7 @@ class Distill(TrainingPass):
 
     def run(self, program: Program, context: Context) -> Program:
         names = self._names(program, context)
-        teacher = self._teacher(program, context)
+        teacher = self.earlier(self.teacher, context)
         student, taught = program, teacher
         if self.features and self.feature_weight:
             compared = with_features(program, teacher, self.features)
@@ -141,14 +139,6 @@ class Distill(TrainingPass):
 
     def _names(self, program: Program, context: Context) -> list[str]:
         return self.trained_names(program, chosen(program, self.train, self.scopes), context)
-
-    def _teacher(self, program: Program, context: Context) -> Program:
-        if self.teacher == ORIGINAL:
-            return context.original or program
-        if self.teacher not in context.earlier:
-            known = [ORIGINAL, *context.earlier]
-            raise UserError(f"teacher: no pass {self.teacher!r} ran before this one{nearest(self.teacher, known)}")
-        return context.earlier[self.teacher]
 
     def _courses(self, program: Program, teacher: Network) -> Courses:
         call = teacher.call

@@ -17,6 +17,7 @@ from optpass.ir.program import Program
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context
 from optpass.training.adversarial import Adversarial, discriminator_for
+from optpass.training.asking import GUIDANCE
 from optpass.training.clean import Generated, given_clean
 from optpass.training.courses import Courses
 from optpass.training.diffusion import Diffusion
@@ -41,8 +42,10 @@ class DistillSteps(TrainingPass):
 
     What is trained on are clean samples with their conditions: `data` (a folder of tensors, or a dataset by import
     path or in a Python file, whose items are the model's inputs by name but for the time), or `samples` generations
-    of the teacher's, in `steps` steps. The teacher is the model as it goes into this pass: guidance is distilled before
-    (distill-guidance), and its scales stay at their defaults, or the pipeline asks for none.
+    of the teacher's, in `steps` steps. The teacher is the model as it goes into this pass, or as it was before
+    (`teacher`). The student is asked once a step: guidance is distilled before (distill-guidance), and its scales stay
+    at their defaults, or the pipeline asks for none. A teacher that the pipeline asks twice a step is guided by that
+    scale.
 
     Afterwards the Program is made for `into` steps: `optpass run`, samples and gates take so many.
 
@@ -56,6 +59,9 @@ class DistillSteps(TrainingPass):
 
     method: Method = Field(description="what the student is trained by")
     into: int = Field(1, ge=1, le=64, description="sampling steps afterwards")
+    teacher: str | None = Field(
+        None, description="the original, or the model as it went into this pass; by default as it comes in here"
+    )
     data: str | None = Field(
         None, description="a folder of tensors, module:name or file.py:name of a dataset of clean samples"
     )
@@ -104,22 +110,29 @@ class DistillSteps(TrainingPass):
         names = self.trained_names(program, chosen(program, "all", ()), context)
         with accelerated(self.precision, self.device) as accelerator:
             values = Values(accelerator.device)
-            networks = Network(program, values, names), Network(program, values)
+            before = program if self.teacher is None else self.earlier(self.teacher, context)
+            networks = Network(program, values, names), Network(before, values)
             assert program.origin.path is not None
             pipeline = WatchedPipeline(program.origin.path, networks[1])
-            denoising = Denoising(Diffusion.of(pipeline.scheduler, self.into), networks[0].call, program.loop)
+            schedule, guidance = Diffusion.of(pipeline.scheduler, self.into), self._guidance(program)
+            denoising = Denoising(schedule, networks[0].call, program.loop, guidance)
             courses = self._courses(program, networks[1], pipeline, program.origin.path)
             self.hold(courses, self.data)
             made = self.trained(
                 program,
                 networks,
                 courses,
-                lambda: self._objective(program, denoising, networks[0], values, accelerator.device),
+                lambda: self._objective((program, before), denoising, networks[0], values, accelerator.device),
                 accelerator,
                 context,
-                models=(program,),
+                models=(program, before),
             )
         return replace(made, loop=replace(program.loop, sampling=Sampling(self.into, 1)))
+
+    def _guidance(self, program: Program) -> float | None:
+        """The scale that the student stands for."""
+        assert program.loop is not None
+        return program.loop.signature.defaults.get(GUIDANCE, self.guidance)
 
     def _courses(self, program: Program, teacher: Network, pipeline: WatchedPipeline, folder: Path) -> Courses:
         assert program.loop is not None
@@ -133,16 +146,21 @@ class DistillSteps(TrainingPass):
         return Generated(pipeline, folder, asking, program.loop, number=self.samples, calls=self.calls)
 
     def _objective(
-        self, program: Program, denoising: Denoising, student: Network, values: Values, device: torch.device
+        self,
+        programs: tuple[Program, Program],
+        denoising: Denoising,
+        student: Network,
+        values: Values,
+        device: torch.device,
     ) -> Objective:
-        names = list(student.parameters)
+        (program, teacher), names = programs, list(student.parameters)
         if self.method == "consistency":
             places = torch.linspace(denoising.diffusion.timesteps[0], 0, self.ladder + 1)[:-1].round().int().tolist()
             return Consistency(denoising, student, Network(program, values, names), places, self.student_states)
         if self.method == "matching":
             return Matching(denoising, Network(program, values, names), self.critic_rate or 2 * self.learning_rate)
         try:
-            seen = discriminator_for(program, self.features, values, seed=self.seed)
+            seen = discriminator_for(teacher, self.features, values, seed=self.seed)
         except ValueError as error:
             raise UserError(f"features: {error}") from None
         rate = self.critic_rate or 10 * self.learning_rate

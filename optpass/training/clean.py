@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from optpass.ir.interface import Interface
 from optpass.ir.loop import Loop
@@ -18,6 +17,9 @@ from optpass.training.courses import Courses, GivenCourses, Lesson, folder_diges
 from optpass.training.guided import conditioned
 from optpass.training.networks import Network
 from optpass.training.watched import WatchedPipeline
+
+CALLS = "calls"
+"""In what a lesson tells besides: the conditions of each call that the teacher's pipeline makes in a step."""
 
 
 def without_time(call: Interface, loop: Loop) -> Interface:
@@ -46,22 +48,26 @@ class Generated(Courses):
     ) -> None:
         self._pipeline, self._asking, self._loop = pipeline, asking, loop
         self._number, self._calls = number, calls
-        self._made: dict[int, Mapping[str, Tensor]] = {}
+        self._made: dict[int, Lesson] = {}
         self.source = f"{number} generations of the model before, in {asking.asked.steps} steps each"
         self.digest = folder_digest(folder)
 
     def course(self, index: int, student: Callable[[], Runner], teacher: Callable[[], Runner]) -> list[Lesson]:
         places = torch.randint(self._number, (self._calls,)).tolist()
-        return [Lesson(sample, sample) for sample in (self._sample(place, teacher) for place in places)]
+        return [self._lesson(place, teacher) for place in places]
 
-    def _sample(self, place: int, teacher: Callable[[], Runner]) -> Mapping[str, Tensor]:
+    def _lesson(self, place: int, teacher: Callable[[], Runner]) -> Lesson:
         if place not in self._made:
             asked = self._asking.turn(place, self._asking.generator(place))
             # Whatever comes next must not depend on whether this sample is made now or was before.
             with torch.random.fork_rng():
                 steps = self._pipeline.steps(teacher(), asked, self._asking.seed_of(place))
-            inputs, last = steps[0].calls[conditioned(len(steps[0].calls))], steps[-1].sample
+            conditions = [
+                {name: value for name, value in call.items() if name in self._loop.conditioning}
+                for call in steps[0].calls
+            ]
+            last = steps[-1].sample
             assert last is not None
-            conditions = {name: value for name, value in inputs.items() if name in self._loop.conditioning}
-            self._made[place] = {**conditions, self._loop.sample: last}
+            inputs = {**conditions[conditioned(len(conditions))], self._loop.sample: last}
+            self._made[place] = Lesson(inputs, {CALLS: conditions})
         return self._made[place]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optpass.errors import UserError
 from optpass.ir.interface import Interface
 from optpass.ir.loop import Loop
 from optpass.pipeline.target import Runner
+from optpass.training.clean import CALLS
 from optpass.training.courses import Lesson
 from optpass.training.diffusion import Diffusion
 from optpass.training.networks import Network
@@ -25,11 +27,15 @@ STEADY = 0.95
 
 @dataclass(frozen=True)
 class Denoising:
-    """Calls of a denoiser for clean samples, whatever it predicts; ``call`` and ``loop`` are the student's."""
+    """Calls of a denoiser for clean samples, whatever it predicts; ``call`` and ``loop`` are the student's.
+
+    ``guidance`` is the scale of a teacher that is asked without and with its condition.
+    """
 
     diffusion: Diffusion
     call: Interface
     loop: Loop
+    guidance: float | None = None
 
     def inputs(self, lesson: Lesson, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """The call's inputs: the lesson's conditions, ``sample``, and ``timestep`` [1]."""
@@ -41,6 +47,26 @@ class Denoising:
     def answer(self, run: Runner, lesson: Lesson, sample: Tensor, timestep: Tensor) -> Tensor:
         """What ``run`` answers."""
         return run(self.inputs(lesson, sample, timestep))[self.call.outputs[0].name]
+
+    def taught(self, teach: Runner, lesson: Lesson, sample: Tensor, timestep: Tensor) -> Tensor:
+        """What the teacher answers, with guidance where its pipeline asks twice a step (Ho & Salimans 2022).
+
+        Raises:
+            UserError: it asks more often, or no scale is known.
+        """
+        conditions = lesson.batch.get(CALLS, [{}])
+        if len(conditions) == 1:
+            return self.answer(teach, lesson, sample, timestep)
+        if len(conditions) != 2 or self.guidance is None:
+            raise UserError(
+                f"the teacher is asked {len(conditions)} times a step: distil its guidance first (distill-guidance), "
+                "or say the scale of two (guidance)"
+            )
+        without, conditioned = (
+            self.answer(teach, replace(lesson, inputs={**lesson.inputs, **each}), sample, timestep)
+            for each in conditions
+        )
+        return torch.lerp(without, conditioned, self.guidance)
 
     def clean(self, run: Runner, lesson: Lesson, sample: Tensor, timestep: Tensor) -> Tensor:
         """x_0 by the answer of ``run``."""
@@ -102,7 +128,7 @@ class Consistency(Objective):
             if float(torch.rand(())) < self.student_states:
                 clean, _ = made.generated(follow, lesson, 0)
             sample = made.diffusion.noised(clean, torch.randn_like(clean), timestep)
-            answer = made.answer(teach, lesson, sample, timestep)
+            answer = made.taught(teach, lesson, sample, timestep)
             nearer = made.diffusion.stepped(sample, answer, timestep, following)
             expected = nearer if int(following) < 0 else made.clean(follow, lesson, nearer, following)
         return {"consistency": pseudo_huber(made.clean(learn, lesson, sample, timestep), expected)}
@@ -152,7 +178,8 @@ class Matching(Objective):
         timestep = _between(made.diffusion.count, 0.02, 0.98)
         noisy = made.diffusion.noised(fixed, torch.randn_like(fixed), timestep)
         with torch.no_grad():
-            wanted = made.clean(teach, lesson, noisy, timestep)
+            answer = made.taught(teach, lesson, noisy, timestep)
+            wanted = made.diffusion.clean(noisy, answer, timestep)
             found = made.clean(self.other.runner(), lesson, noisy, timestep)
         gradient = (found - wanted) / (fixed - wanted).abs().mean().clamp_min(1e-4)
         # Its gradient in the sample is the one above; its value is that of half its square.

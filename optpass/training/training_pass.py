@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
-from optpass.errors import UserError
+from optpass.errors import UserError, nearest
 from optpass.evaluate.difference import program_calls
 from optpass.ir.loop import usual_steps
 from optpass.ir.program import Program
@@ -29,6 +29,7 @@ from optpass.training.state import Folder, folder_of, training_key
 from optpass.training.trainable import refusal, running, statistics
 from optpass.training.trainer import TOTAL, Precision, Settings, Trainer
 
+ORIGINAL = "original"
 STEPS = 20
 LAST = 10
 """Updates whose mean loss is told as the final one."""
@@ -105,6 +106,19 @@ class TrainingPass(Pass):
             raise UserError(f"nothing that was chosen can be trained, such as {first.path}: {first.reason}")
         return found
 
+    def earlier(self, name: str, context: Context) -> Program:
+        """The original, or the Program as it went into the pass ``name``.
+
+        Raises:
+            UserError: there is no such pass before this one.
+        """
+        if name == ORIGINAL and context.original is not None:
+            return context.original
+        if name not in context.earlier:
+            known = [ORIGINAL, *context.earlier]
+            raise UserError(f"teacher: no pass {name!r} ran before this one{nearest(name, known)}")
+        return context.earlier[name]
+
     def asking(self, program: Program) -> Asking:
         """How the pipeline is asked for generations."""
         steps = self.steps or usual_steps(program.loop, STEPS)
@@ -139,7 +153,8 @@ class TrainingPass(Pass):
 
         The training is that of ``models``, which with options, data, device and further ``facts`` are its key.
         """
-        options = {name: value for name, value in self.as_options().items() if name not in NOT_OF_RESULT}
+        # Without defaults: an option that comes to be leaves trainings without it what they were.
+        options = self.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_OF_RESULT))
         key = training_key(
             models, {**options, "data": courses.digest, "device": accelerator.device.type, **(facts or {})}
         )
