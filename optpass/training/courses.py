@@ -20,7 +20,7 @@ from optpass.errors import UserError
 from optpass.evaluate.given_data import bound
 from optpass.evaluate.trials import random_inputs
 from optpass.evaluate.walks import compared_calls, walk
-from optpass.ir.hashing import tensor_digest, text_digest
+from optpass.ir.hashing import file_digest, tensor_digest, text_digest
 from optpass.ir.interface import Interface
 from optpass.ir.program import InputRange, Program
 from optpass.pipeline.target import Runner
@@ -205,12 +205,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 of the names, sizes and times of the files in a pipeline's folder, and of what small ones hold."""
+    """SHA-256 of the files in a pipeline's folder, by name and content: a copy elsewhere is the same data."""
     found = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        status = path.stat()
-        found.update(f"{path.relative_to(folder).as_posix()} {status.st_size}\n".encode())
-        found.update(path.read_bytes() if path.suffix == ".json" else f"{status.st_mtime_ns}\n".encode())
+        found.update(f"{path.relative_to(folder).as_posix()} {file_digest(path)}\n".encode())
     return found.hexdigest()
 
 

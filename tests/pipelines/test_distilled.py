@@ -27,9 +27,13 @@ from optpass.runtime.folder import build_pipeline
 from optpass.runtime.looped import program_module
 from optpass.runtime.sampling import Asked, drive
 from optpass.training.asking import Asking
+from optpass.training.clean import CALLS, Generated
+from optpass.training.diffusion import Diffusion
 from optpass.training.guided import GuidedTrajectories
 from optpass.training.networks import Network, Values
+from optpass.training.step_objectives import Denoising
 from optpass.training.trainer import Trainer
+from optpass.training.watched import WatchedPipeline
 
 SHORT: dict[str, Any] = {"prompt": "a cat", "steps": 2, "updates": 2, "warmup": 0, "learning_rate": 1e-2}
 
@@ -128,8 +132,31 @@ def test_few_steps_interrupted_and_whole(program: Program, tmp_path: Path, metho
         assert torch.equal(whole.weights[name].evaluate(), resumed.weights[name].evaluate()), name
 
 
+def test_a_teacher_with_guidance(program: Program, folder: Path, tmp_path: Path) -> None:
+    network = Network(program, Values(torch.device("cpu")))
+    pipeline = WatchedPipeline(folder, network)
+    assert program.loop is not None
+    asking = Asking(Asked("a cat", steps=1, guidance=3.0))
+    courses = Generated(pipeline, folder, asking, program.loop, number=1, calls=1)
+    (lesson,) = courses.course(0, network.runner, network.runner)
+    assert len(lesson.batch[CALLS]) == 2
+    made = Denoising(Diffusion.of(pipeline.scheduler, 1), network.call, program.loop, guidance=3.0)
+    sample, timestep = torch.randn(1, 4, 12, 12), torch.tensor([300])
+    empty = build_pipeline(folder, {}).encode_prompt("", torch.device("cpu"), 1, False)[0]
+    inputs = made.inputs(lesson, sample, timestep)
+    without = network.runner()({**inputs, "encoder_hidden_states": empty})["sample"]
+    expected = without + 3 * (network.runner()(inputs)["sample"] - without)
+    torch.testing.assert_close(made.taught(network.runner(), lesson, sample, timestep), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="asked 2 times a step"):
+        replace(made, guidance=None).taught(network.runner(), lesson, sample, timestep)
+    options = {**SHORT, "method": "matching", "teacher": "original", "guidance": 3.0, "samples": 1, "work": tmp_path}
+    _, record = run(program, ("distill-steps", DistillSteps(**options)))
+    assert record.modified
+
+
 REFUSED: dict[str, tuple[Callable[[Program], Program], type[Pass], dict[str, Any], str]] = {
     "no loop": (lambda p: replace(p, loop=None), DistillSteps, {"method": "matching"}, "the model has no loop"),
+    "teacher": (lambda p: p, DistillSteps, {"method": "matching", "teacher": "prune"}, "no pass 'prune' ran before"),
     "guided": (
         lambda p: replace(p, loop=replace(p.loop, sampling=Sampling(5, 2))),  # type: ignore[type-var]
         DistillSteps,
