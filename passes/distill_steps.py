@@ -77,7 +77,10 @@ class DistillSteps(TrainingPass):
     reconstruction: float = Field(0.1, ge=0, description="adversarial: weight of the loss against the clean sample")
     penalty: float = Field(1e-4, ge=0, description="adversarial: weight of R1 on the features")
     critic_rate: float | None = Field(
-        None, gt=0, description="learning rate of the discriminator, or of its own score; 2 to 10 times its own"
+        None, gt=0, description="learning rate of the discriminator (10 times its own), or of its own score (1.5 times)"
+    )
+    critic_updates: int = Field(
+        4, ge=1, description="matching: updates of its own score for one of the student, each from a share of the calls"
     )
 
     contract = approximate()
@@ -158,7 +161,8 @@ class DistillSteps(TrainingPass):
             places = torch.linspace(denoising.diffusion.timesteps[0], 0, self.ladder + 1)[:-1].round().int().tolist()
             return Consistency(denoising, student, Network(program, values, names), places, self.student_states)
         if self.method == "matching":
-            return Matching(denoising, Network(program, values, names), self.critic_rate or 2 * self.learning_rate)
+            rate, every = self.critic_rate or 1.5 * self.learning_rate, max(1, self.calls // self.critic_updates)
+            return Matching(denoising, Network(program, values, names), rate, every)
         try:
             seen = discriminator_for(teacher, self.features, values, seed=self.seed)
         except ValueError as error:

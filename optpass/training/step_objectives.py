@@ -151,19 +151,22 @@ class Matching(Objective):
     """The student's samples → the teacher's distribution: ∇ of KL by the scores of both, noised to every timestep.
 
     The gradient in the student's sample x is (f_ψ(x_t) − f_teacher(x_t)) / mean|x − f_teacher(x_t)|, where f_ψ, which
-    begins as the teacher, is trained to denoise the student's samples all along, at the rate ``rate``. Neither needs
-    a sample of the teacher's.
+    begins as the student, is trained to denoise the student's samples all along, at the rate ``rate``, with an update
+    after every ``every`` lessons. Neither needs a sample of the teacher's.
 
     Source: distribution matching distillation, Yin et al., arXiv 2311.18828, section 3.2, equation 8, without its
-    regression; one update of f_ψ for one of the student, at its own rate, where DMD2 (arXiv 2405.14867) has five.
+    regression. f_ψ has several updates for one of the student, as in DMD2 (arXiv 2405.14867), which has five; here
+    they are of shares of its lessons, so that they cost nothing.
     """
 
     denoising: Denoising
     other: Network
     rate: float
+    every: int = 1
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
+        self._waiting = 0
         self._optimiser = torch.optim.AdamW(
             list(self.other.parameters.values()), lr=self.rate, betas=(0.0, 0.99), weight_decay=0.0
         )
@@ -195,16 +198,25 @@ class Matching(Objective):
         with torch.enable_grad():
             loss.backward()  # type: ignore[no-untyped-call]
         self._losses.append(float(loss.detach()))
+        self._waiting += 1
+        if self._waiting == self.every:
+            self._update()
 
-    def step(self, update: int, lessons: int) -> dict[str, float]:
+    def _update(self) -> None:
+        """That of f_ψ, from the lessons since the last one."""
         parameters = list(self.other.parameters.values())
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad /= lessons
+                parameter.grad /= self._waiting
         if self.clip is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip)
         self._optimiser.step()
         self._optimiser.zero_grad()
+        self._waiting = 0
+
+    def step(self, update: int, lessons: int) -> dict[str, float]:
+        if self._waiting:
+            self._update()
         told, self._losses = sum(self._losses) / len(self._losses), []
         return {"own score": told}
 
