@@ -38,7 +38,7 @@ def _words(name: str, record: Mapping[str, Any]) -> str:
     told += f" {text(record, 'source') or 'unnamed data'} (seed {amount(record, 'seed') or 0:.0f},"
     seconds = amount(record, "seconds")
     took = f", in {units.seconds(seconds)}" if seconds else ""
-    told += f" {text(record, 'precision')}, {text(record, 'device')}{took}."
+    told += f" {text(record, 'precision')}, {text(record, 'device')}{took})."
     if first is None or last is None:
         return told
     fewer = f", {units.figures(first / last, 3)} times less" if 0 < last < first else ""

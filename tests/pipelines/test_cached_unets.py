@@ -110,6 +110,7 @@ def test_a_pipeline_makes_what_hooks_make(
 OPEN = {"sample": ["1..4", 4, "8..24", "8..24"], "encoder_hidden_states": ["1..4", 7, 16]}
 
 
+@pytest.mark.slow
 def test_open_sizes_through_an_engine(pipeline_folder: Folder, tmp_path: Path) -> None:
     """One bundle, batches and resolutions that it was not captured at, changing in between."""
     from diffusers import UNet2DConditionModel
