@@ -35,6 +35,7 @@ def test_words_and_curves():
         "2 distill: 3 weights of 1,234 parameters, 400 updates on <trajectories> (seed 7, fp32, cpu)."
         " The loss went from 1 to 0.00100, 1,000 times less."
     )
+    assert "(seed 7, fp32, cpu, in 2 min 30 s)." in views(seconds=150)[0].words
     # A term that is zero throughout has no logarithm.
     assert [series.name for series in found.plot.series] == ["loss", "output"]
     curve = found.plot.series[0].points
