@@ -45,7 +45,7 @@ class DistillSteps(TrainingPass):
     of the teacher's, in `steps` steps. The teacher is the model as it goes into this pass, or as it was before
     (`teacher`). The student is asked once a step: guidance is distilled before (distill-guidance), and its scales stay
     at their defaults, or the pipeline asks for none. A teacher that the pipeline asks twice a step is guided by that
-    scale.
+    scale, or by `guidance`: a smaller one keeps more variety where the student seeks modes.
 
     Afterwards the Program is made for `into` steps: `optpass run`, samples and gates take so many.
 
@@ -133,9 +133,9 @@ class DistillSteps(TrainingPass):
         return replace(made, loop=replace(program.loop, sampling=Sampling(self.into, 1)))
 
     def _guidance(self, program: Program) -> float | None:
-        """The scale that the student stands for."""
+        """The scale of a teacher that is asked twice: as said, or the one that the student stands for."""
         assert program.loop is not None
-        return program.loop.signature.defaults.get(GUIDANCE, self.guidance)
+        return program.loop.signature.defaults.get(GUIDANCE) if self.guidance is None else self.guidance
 
     def _courses(self, program: Program, teacher: Network, pipeline: WatchedPipeline, folder: Path) -> Courses:
         assert program.loop is not None
