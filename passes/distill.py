@@ -112,7 +112,7 @@ class Distill(TrainingPass):
 
     def run(self, program: Program, context: Context) -> Program:
         names = self._names(program, context)
-        teacher = self.earlier(self.teacher, context)
+        teacher = self.earlier(self.teacher, program, context)
         student, taught = program, teacher
         if self.features and self.feature_weight:
             compared = with_features(program, teacher, self.features)

@@ -113,7 +113,7 @@ class DistillSteps(TrainingPass):
         names = self.trained_names(program, chosen(program, "all", ()), context)
         with accelerated(self.precision, self.device) as accelerator:
             values = Values(accelerator.device)
-            before = program if self.teacher is None else self.earlier(self.teacher, context)
+            before = program if self.teacher is None else self.earlier(self.teacher, program, context)
             networks = Network(program, values, names), Network(before, values)
             assert program.origin.path is not None
             pipeline = WatchedPipeline(program.origin.path, networks[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -36,11 +36,16 @@ def choice_of(text: str) -> Choice:
         UserError: a depth below 1.
     """
     if not text.isdecimal():
-        return lambda path: (module for module in _around(path) if fnmatchcase(module, text))
+        return matching([text])
     depth = int(text)
     if depth < 1:
         raise UserError("modules are looked at by their depth, 1 or more, or by a pattern such as '*.attentions.*'")
     return lambda path: iter([".".join(path.split(".")[:depth])])
+
+
+def matching(patterns: Collection[str]) -> Choice:
+    """Looks at the modules that match one of ``patterns``."""
+    return lambda path: (module for module in _around(path) if any(fnmatchcase(module, each) for each in patterns))
 
 
 def probes(graph: Graph, choice: Choice) -> dict[str, Probe]:

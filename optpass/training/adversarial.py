@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from optpass.ir.graph import operators, path_of, shape_of
 from optpass.ir.program import Program
 from optpass.ir.weights import WeightStore
 from optpass.pipeline.target import Runner
-from optpass.rewrite.probes import probes
+from optpass.rewrite.probes import matching, probes
 from optpass.rewrite.splitting import subgraph
 from optpass.training.courses import Lesson
 from optpass.training.networks import Network, Values
@@ -88,12 +87,8 @@ def discriminator_for(program: Program, patterns: Sequence[str], values: Values,
     """
     (name, graph), *_ = program.entries.items()
 
-    def choice(path: str) -> Any:
-        parts = path.split(".")
-        around = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-        return (module for module in around if any(fnmatchcase(module, pattern) for pattern in patterns))
-
-    found = {path: probe.node for path, probe in probes(graph, choice).items() if len(shape_of(probe.node)) in (3, 4)}
+    looked_at = probes(graph, matching(patterns))
+    found = {path: probe.node for path, probe in looked_at.items() if len(shape_of(probe.node)) in (3, 4)}
     if not found:
         paths = {path_of(node) for node in operators(graph)}
         raise ValueError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from optpass.errors import UserError, nearest_paths
 from optpass.ir.graph import operators, path_of, shape_of
 from optpass.ir.program import Program
-from optpass.rewrite.probes import PROBE, Probe, probes, with_outputs
+from optpass.rewrite.probes import PROBE, Probe, matching, probes, with_outputs
 
 Found = dict[str, dict[str, Probe]]
 """By entry and module path."""
@@ -54,11 +53,7 @@ def with_features(student: Program, teacher: Program, patterns: Sequence[str]) -
 
 
 def _found(program: Program, patterns: Sequence[str]) -> Found:
-    def choice(path: str) -> Iterator[str]:
-        parts = path.split(".")
-        around = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-        return (module for module in around if any(fnmatchcase(module, pattern) for pattern in patterns))
-
+    choice = matching(patterns)
     return {name: probes(graph, choice) for name, graph in program.entries.items()}
 
 

@@ -106,14 +106,14 @@ class TrainingPass(Pass):
             raise UserError(f"nothing that was chosen can be trained, such as {first.path}: {first.reason}")
         return found
 
-    def earlier(self, name: str, context: Context) -> Program:
-        """The original, or the Program as it went into the pass ``name``.
+    def earlier(self, name: str, program: Program, context: Context) -> Program:
+        """The original (``program`` where there is no other), or what went into the pass ``name``.
 
         Raises:
             UserError: there is no such pass before this one.
         """
-        if name == ORIGINAL and context.original is not None:
-            return context.original
+        if name == ORIGINAL:
+            return context.original or program
         if name not in context.earlier:
             known = [ORIGINAL, *context.earlier]
             raise UserError(f"teacher: no pass {name!r} ran before this one{nearest(name, known)}")
