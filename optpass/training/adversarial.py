@@ -147,7 +147,7 @@ class Adversarial(Objective):
             self.discriminator.requires_grad_(True)
         terms = {"adversarial": -torch.stack([each.mean() for each in logits]).mean()}
         if self.reconstruction:
-            terms["reconstruction"] = self.reconstruction * pseudo_huber(made, given.to(made.device))
+            terms["reconstruction"] = self.reconstruction * pseudo_huber(made, given)
         return terms
 
     def _sample(self, lesson: Lesson, learn: Runner) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from optpass.errors import UserError
@@ -80,7 +82,6 @@ class Trainer:
     def __post_init__(self) -> None:
         self._parameters = self.student.parameters
         self._moved = [value for name, value in self._parameters.items() if name not in self.objective.own]
-        # An optimiser of nothing is an error; where the objective moves everything itself, this one sees no gradient.
         # An optimiser of nothing is an error, and the objective may move everything itself.
         moved = self._moved or [torch.nn.Parameter(torch.zeros(()))]
         optimiser = torch.optim.AdamW(moved, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay)
@@ -131,7 +132,7 @@ class Trainer:
         """One update from the mean gradient of ``lessons``; none where no loss leads to a trained weight."""
         self._optimiser.zero_grad()
         found: list[dict[str, float]] = []
-        for lesson in lessons:
+        for lesson in map(self._placed, lessons):
             with self.accelerator.autocast():
                 terms = self.objective.terms(lesson, learn, teach)
             loss = torch.stack(list(terms.values())).sum()
@@ -150,6 +151,10 @@ class Trainer:
         for name, value in told.items():
             self.progress.losses.setdefault(name, []).append(value)
         self._report()
+
+    def _placed(self, lesson: Lesson) -> Lesson:
+        """``lesson`` where the networks are, so that whatever is drawn like its tensors is there too."""
+        return Lesson(*send_to_device((lesson.inputs, lesson.batch, lesson.expected), self.accelerator.device))
 
     def _step(self) -> None:
         update, settings = self.progress.updates, self.settings
@@ -229,6 +234,8 @@ def accelerated(precision: Precision, device: Literal["auto", "cpu"]) -> Iterato
             raise UserError(f"cannot train in {precision} on {device}: {error}") from error
         if accelerator.num_processes > 1:
             raise UserError("training runs in one process: start optpass without 'accelerate launch'")
+        # cuBLAS is deterministic with workspaces of its own alone, which it reads of when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Some operators have no deterministic form; a result is worth more than none.
         torch.use_deterministic_algorithms(True, warn_only=True)
         with warnings.catch_warnings():
