@@ -19,26 +19,30 @@ from optpass.pipeline.passes import Context
 from optpass.training.adversarial import Adversarial, discriminator_for
 from optpass.training.asking import GUIDANCE
 from optpass.training.clean import Generated, given_clean
+from optpass.training.consistency import Consistency
 from optpass.training.courses import Courses
+from optpass.training.denoising import Denoising
 from optpass.training.diffusion import Diffusion
+from optpass.training.matching import Matching
 from optpass.training.networks import Network, Values
 from optpass.training.objective import Objective
-from optpass.training.step_objectives import Consistency, Denoising, Matching
+from optpass.training.progressive import Progressive
 from optpass.training.trainable import chosen
 from optpass.training.trainer import accelerated
 from optpass.training.training_pass import TrainingPass
 from optpass.training.watched import WatchedPipeline
 
-Method = Literal["consistency", "matching", "adversarial"]
+Method = Literal["consistency", "progressive", "matching", "adversarial"]
 
 
 class DistillSteps(TrainingPass):
     """a model that is sampled in many steps → the same graph, trained to be sampled in `into` of them.
 
-    `consistency` learns to answer as it does one step of the teacher's further on; `matching` lets the distribution
-    of its samples follow the gradient between two scores, the teacher's and that of its own samples; `adversarial`
-    trains against heads on the features of the teacher's encoder, at noised samples, and against the clean
-    sample itself (`reconstruction`). All weights are trained.
+    `consistency` learns to answer as it does one step of the teacher's further on; `progressive` learns to make two of
+    the teacher's steps in one, and is then the teacher of half as many, until `into` are left; `matching` lets the
+    distribution of its samples follow the gradient between two scores, the teacher's and that of its own samples;
+    `adversarial` trains against heads on the features of the teacher's encoder, at noised samples, and against the
+    clean sample itself (`reconstruction`). All weights are trained.
 
     What is trained on are clean samples with their conditions: `data` (a folder of tensors, or a dataset by import
     path or in a Python file, whose items are the model's inputs by name but for the time), or `samples` generations
@@ -53,8 +57,8 @@ class DistillSteps(TrainingPass):
     schedule preserves no variance, and one whose first step of `into` would not start from noise.
 
     Source: consistency distillation, arXiv 2303.01469, as LCM, arXiv 2310.04378, has it, with the student's states
-    of DDIL, arXiv 2410.11971; distribution matching, arXiv 2311.18828; SF-V, arXiv 2406.04324, and MoViE, arXiv
-    2412.06578, algorithm 2.
+    of DDIL, arXiv 2410.11971; progressive distillation, arXiv 2202.00512; distribution matching, arXiv 2311.18828;
+    SF-V, arXiv 2406.04324, and MoViE, arXiv 2412.06578, algorithm 2.
     """
 
     method: Method = Field(description="what the student is trained by")
@@ -66,8 +70,15 @@ class DistillSteps(TrainingPass):
         None, description="a folder of tensors, module:name or file.py:name of a dataset of clean samples"
     )
     samples: int = Field(256, ge=1, description="generations of the teacher's, where there is no data")
-    ladder: int = Field(50, ge=2, description="consistency: timesteps in all, of which one step is learnt at a time")
-    student_states: float = Field(0.25, ge=0, le=1, description="consistency: share that starts from its own samples")
+    ladder: int = Field(
+        50,
+        ge=2,
+        description="consistency: timesteps in all, of which one step is learnt at a time; progressive: most of the "
+        "steps that are halved, in rounds of equal shares of the updates",
+    )
+    student_states: float = Field(
+        0.25, ge=0, le=1, description="consistency, progressive: share that starts from its own samples"
+    )
     features: tuple[str, ...] = Field(
         ("down_blocks.?", "mid_block"), description="adversarial: modules whose outputs the discriminator sees"
     )
@@ -90,7 +101,14 @@ class DistillSteps(TrainingPass):
     def _consistent(self) -> Self:
         if self.method == "consistency" and self.ladder < self.into:
             raise ValueError(f"ladder: {self.ladder} timesteps are fewer than the {self.into} that are to be sampled")
+        if self.method == "progressive" and self.updates < self._rounds():
+            steps = self.into * 2 ** self._rounds()
+            raise ValueError(f"{steps} steps are {self._rounds()} times halved in {self.updates} updates: give more")
         return self
+
+    def _rounds(self) -> int:
+        """How often steps are halved; at least once."""
+        return max(1, (self.ladder // self.into).bit_length() - 1)
 
     def requires(self, program: Program) -> list[str]:
         return list(self._refusals(program))
@@ -160,6 +178,9 @@ class DistillSteps(TrainingPass):
         if self.method == "consistency":
             places = torch.linspace(denoising.diffusion.timesteps[0], 0, self.ladder + 1)[:-1].round().int().tolist()
             return Consistency(denoising, student, Network(program, values, names), places, self.student_states)
+        if self.method == "progressive":
+            halfway, rounds = Network(program, values, names), self._rounds()
+            return Progressive(denoising, student, halfway, rounds, self.updates, self.student_states)
         if self.method == "matching":
             rate, every = self.critic_rate or 1.5 * self.learning_rate, max(1, self.calls // self.critic_updates)
             return Matching(denoising, Network(program, values, names), rate, every)

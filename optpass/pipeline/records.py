@@ -64,6 +64,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def machine_text() -> str:
+    """The same in words, for pages."""
+    found = machine()
+    return (
+        f"{found['processor']}, {found['cores']} cores; {found['threads']} threads, PyTorch {found['torch']}, "
+        f"Python {found['python']}"
+    )
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()

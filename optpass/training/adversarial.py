@@ -18,9 +18,9 @@ from optpass.pipeline.target import Runner
 from optpass.rewrite.probes import matching, probes
 from optpass.rewrite.splitting import subgraph
 from optpass.training.courses import Lesson
+from optpass.training.denoising import Denoising, pseudo_huber
 from optpass.training.networks import Network, Values
-from optpass.training.objective import Objective
-from optpass.training.step_objectives import Denoising, pseudo_huber
+from optpass.training.objective import Objective, share_gradients
 
 WIDTH, GROUPS = 64, 8
 
@@ -182,9 +182,7 @@ class Adversarial(Objective):
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, update: int, lessons: int) -> dict[str, float]:
-        for parameter in self.discriminator.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= lessons
+        share_gradients(self.discriminator.parameters(), lessons)
         self._optimiser.step()
         self._optimiser.zero_grad()
         told, self._losses = sum(self._losses) / len(self._losses), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, Self
 
 import torch
@@ -101,6 +102,25 @@ class Diffusion:
         alpha, sigma = self._at(following.clamp_min(0), sample)
         over = (following < 0).reshape(-1, *[1] * (sample.ndim - 1)).to(sample.device)
         return torch.where(over, clean, alpha * clean + sigma * noise)
+
+    def leading(self, sample: Tensor, end: Tensor, timesteps: Tensor, following: Tensor) -> Tensor:
+        """The clean sample by which the step of :meth:`stepped` leads from ``sample`` to ``end``."""
+        (alpha, sigma), (last, left) = self._at(timesteps, sample), self._at(following.clamp_min(0), sample)
+        over = (following < 0).reshape(-1, *[1] * (sample.ndim - 1)).to(sample.device)
+        ratio = left / sigma
+        return torch.where(over, end, (end - ratio * sample) / (last - ratio * alpha))
+
+    def signal_to_noise(self, timesteps: Tensor) -> Tensor:
+        """α²/σ² [N]."""
+        places = timesteps.long().cpu()
+        return self.alphas[places].square() / self.sigmas[places].square()
+
+    def refined(self, pieces: int) -> tuple[int, ...]:
+        """The sampler's timesteps with each way from one to the next, and from the last to clean, in ``pieces``."""
+        ends = (*self.timesteps, -1)
+        return tuple(
+            round(here + (there - here) * piece / pieces) for here, there in pairwise(ends) for piece in range(pieces)
+        )
 
     def _at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ, to be broadcast over ``like``."""

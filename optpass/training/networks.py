@@ -58,6 +58,16 @@ class Network:
         tensors = {**read, **self.parameters}
         self._modules = {name: self._module(graph, tensors) for name, graph in self.program.entries.items()}
 
+    def copied(self) -> dict[str, Tensor]:
+        """The parameters' values, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self.parameters.items()}
+
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Give the parameters these values."""
+        with torch.no_grad():
+            for name, value in self.parameters.items():
+                value.copy_(values[name])
+
     def runner(self, *, gradients: bool = False) -> Runner:
         """What answers calls: tensors by name, on whatever device → results by name, on the network's.
 

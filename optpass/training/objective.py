@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,3 +60,10 @@ class Supervised(Objective):
             with torch.no_grad():
                 expected = teach(lesson.inputs)
         return self.criterion.terms(learn(lesson.inputs), expected, lesson.batch)
+
+
+def share_gradients(parameters: Iterable[Tensor], count: int) -> None:
+    """Gradients that sum over ``count`` calls → their mean."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad /= count

@@ -193,7 +193,7 @@ class Trainer:
                 "course": self.progress.course,
                 "losses": self.progress.losses,
                 "seconds": self.progress.seconds,
-                "parameters": {name: value.detach().cpu() for name, value in self._parameters.items()},
+                "parameters": self.student.copied(),
                 "optimiser": self._optimiser.state_dict(),
                 "average": self._average,
                 "objective": self.objective.state(),
@@ -206,9 +206,8 @@ class Trainer:
         if saved is None:
             return
         self.progress = Progress(saved["course"], saved["losses"], saved["seconds"])
+        self.student.set(saved["parameters"])
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(saved["parameters"][name])
             for name, mean in (self._average or {}).items():
                 mean.copy_(saved["average"][name])
         self._optimiser.load_state_dict(saved["optimiser"])

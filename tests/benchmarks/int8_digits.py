@@ -24,7 +24,7 @@ import optpass
 from optpass.evaluate.quality import Evaluator, psnr
 from optpass.pipeline.apply import apply
 from optpass.pipeline.recipe import load_recipe
-from optpass.pipeline.records import machine
+from optpass.pipeline.records import machine_text
 from optpass.pipeline.request import Request
 from optpass.runtime.folder import build_pipeline
 from optpass.runtime.sampling import Asked, Samples, drive
@@ -147,7 +147,7 @@ def page(rows: list[Row], broken: list[str], load: tuple[float, ...], options: a
 
     python tests/benchmarks/int8_digits.py {asked}
 
-{machine()}, load before and after {load}, {os.getloadavg()}.
+{machine_text()}; load {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after.
 {options.clips} clips of {STEPS} steps and guidance {GUIDANCE:g}, the same labels and seeds for all; times of
 {options.rounds} rounds of {TIMED} clips, pipeline included, in turn. Calibration: 24 calls of each entry, from 2 other
 samples. Clockwork's time and PSNR are beside the float engine too.

@@ -27,7 +27,7 @@ import optpass
 from optpass.evaluate.quality import Evaluator
 from optpass.pipeline.apply import apply
 from optpass.pipeline.recipe import Recipe, find_recipe, load_recipe
-from optpass.pipeline.records import machine
+from optpass.pipeline.records import machine_text
 from optpass.pipeline.request import Request
 from optpass.runtime.bundle import read_manifest
 from optpass.runtime.folder import build_pipeline
@@ -186,7 +186,7 @@ def page(rungs: list[Rung], broken: list[str], load: tuple[float, ...], options:
 
     python tests/benchmarks/mobilevd_digits.py {asked}
 
-{machine()}, load before and after {load}, {os.getloadavg()}.
+{machine_text()}; load {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after.
 {options.clips} clips of each rung, the same labels and seeds for all, each rung sampled as it is made for: the
 original in 25 steps with guidance {GUIDANCE:g} (two evaluations a step). FLOP = 2·MAC of linear, convolution, matmul
 and attention, of all evaluations of a clip and of decoding its frames ({decoder_gflop():.3f} GFLOP). Times are of whole

@@ -30,7 +30,7 @@ from quantization_models import CALIBRATION, HELD_OUT, Subject, subjects
 import optpass
 from optpass.pipeline.apply import apply
 from optpass.pipeline.recipe import load_recipe
-from optpass.pipeline.records import machine
+from optpass.pipeline.records import machine_text
 from optpass.pipeline.request import Request
 
 ROUNDS, WARMUP = 40, 5
@@ -250,7 +250,7 @@ def page(rows: list[Row], rounds: int) -> str:
 
     make bench-quantization
 
-{machine()}.
+{machine_text()}.
 All engines of a model are called once a round, in random order, {rounds} rounds; medians of a call. The error
 is that of {HELD_OUT} held-out calls against PyTorch in float32; calibration is {CALIBRATION} others, the same for all.
 ONNX Runtime has no bf16 kernels on x86. All tools have their defaults; ours leaves the UNet's projections around

@@ -28,10 +28,10 @@ from optpass.runtime.looped import program_module
 from optpass.runtime.sampling import Asked, drive
 from optpass.training.asking import Asking
 from optpass.training.clean import CALLS, Generated
+from optpass.training.denoising import Denoising
 from optpass.training.diffusion import Diffusion
 from optpass.training.guided import GuidedTrajectories
 from optpass.training.networks import Network, Values
-from optpass.training.step_objectives import Denoising
 from optpass.training.trainer import Trainer
 from optpass.training.watched import WatchedPipeline
 
@@ -106,10 +106,10 @@ def test_guidance_becomes_an_input(program: Program, folder: Path, tmp_path: Pat
         calls.clear()
 
 
-@pytest.mark.parametrize("method", ["consistency", "matching", "adversarial"])
+@pytest.mark.parametrize("method", ["consistency", "progressive", "matching", "adversarial"])
 def test_few_steps_interrupted_and_whole(program: Program, tmp_path: Path, method: str, monkeypatch: Any) -> None:
     options: dict[str, Any] = {**SHORT, "method": method, "into": 2, "samples": 2, "calls": 2, "guidance": 1.0}
-    options |= {"updates": 4, "learning_rate": 1e-3, "checkpoint_seconds": 0, "ladder": 6}
+    options |= {"updates": 4, "learning_rate": 1e-3, "checkpoint_seconds": 0, "ladder": 8}
     whole, record = run(program, ("distill-steps", DistillSteps(**options, work=tmp_path / "whole")))
     assert whole.loop is not None
     assert whole.loop.sampling == Sampling(2, 1)

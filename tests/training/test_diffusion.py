@@ -79,3 +79,31 @@ def test_a_step_is_ddims(kind: str) -> None:
 def test_what_it_cannot_speak_of_is_refused(made: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Diffusion.of(made(), 1)  # type: ignore[operator]
+
+
+def test_steps_are_halved() -> None:
+    made = Diffusion.of(scheduler("epsilon"), 2)
+    assert made.timesteps == (999, 499)
+    assert made.refined(1) == (999, 499)
+    assert made.refined(4) == (999, 874, 749, 624, 499, 374, 249, 124)
+    assert Diffusion.of(scheduler("epsilon"), 8).timesteps == made.refined(4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("last", [200, -1])
+def test_two_steps_in_one(kind: str, last: int) -> None:
+    made = Diffusion.of(scheduler(kind), 4)
+    sample, one, other = drawn(3)
+    first, middle, end = (torch.tensor([t, t]) for t in (900, 600, last))
+    nearer = made.stepped(sample, one, first, middle)
+    there = made.stepped(nearer, other, middle, end)
+    clean = made.leading(sample, there, first, end)
+    # The sampler itself, with a model that predicts this clean sample.
+    as_sample = Diffusion.of(scheduler("sample"), 4)
+    torch.testing.assert_close(as_sample.stepped(sample, clean, first, end), there, atol=1e-5, rtol=1e-5)
+
+
+def test_signal_to_noise_is_the_schedules() -> None:
+    made, timesteps = Diffusion.of(scheduler("epsilon"), 4), torch.tensor([100, 900])
+    cumulated = scheduler("epsilon").alphas_cumprod[timesteps]
+    torch.testing.assert_close(made.signal_to_noise(timesteps), cumulated / (1 - cumulated), rtol=1e-4, atol=0)
