@@ -8,9 +8,8 @@ from pydantic import Field
 from torch.fx import Node
 
 from optpass.analysis.attention import attentions
+from optpass.analysis.attention_choice import Choice
 from optpass.analysis.axes import axes_of
-from optpass.analysis.module_paths import matches
-from optpass.errors import nearest_paths
 from optpass.ir.program import Program
 from optpass.pipeline.contract import approximate
 from optpass.pipeline.passes import Context, Pass
@@ -44,15 +43,11 @@ class BankMemory(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         axes = axes_of(program)
-        found = attentions(program, axes).found
-        for pattern in self.match:
-            if not any(matches(each.path, [pattern]) for each in found):
-                near = nearest_paths(pattern, [each.path for each in found])
-                context.decline(pattern, f"no attention is in such a module{near}")
+        choice = Choice(attentions(program, axes), None, self.match)
+        for where, reason in choice.missed:
+            context.decline(where, reason)
         sites: dict[tuple[str, Node], list[Remembered]] = {}
-        for each in found:
-            if not matches(each.path, self.match):
-                continue
+        for each in choice.chosen:
             site = remembered(each, axes, self.frames)
             if isinstance(site, Remembered) and site.frames <= self.length:
                 site = f"its {site.frames} frames fit into a bank of {self.length}"

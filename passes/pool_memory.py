@@ -7,10 +7,9 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from optpass.analysis.attention import Attention, attentions
+from optpass.analysis.attention_choice import Choice
 from optpass.analysis.axes.structure import quotient
-from optpass.analysis.module_paths import matches
 from optpass.analysis.token_grids import Part
-from optpass.errors import nearest_paths
 from optpass.ir.graph import shape_of
 from optpass.ir.program import Program
 from optpass.pipeline.contract import approximate
@@ -56,14 +55,10 @@ class PoolMemory(Pass):
         return self
 
     def run(self, program: Program, context: Context) -> Program:
-        found = attentions(program).found
-        for pattern in self.match:
-            if not any(matches(each.path, [pattern]) for each in found):
-                near = nearest_paths(pattern, [each.path for each in found])
-                context.decline(pattern, f"no attention is in such a module{near}")
-        for each in found:
-            if not matches(each.path, self.match):
-                continue
+        choice = Choice(attentions(program), None, self.match)
+        for where, reason in choice.missed:
+            context.decline(where, reason)
+        for each in choice.chosen:
             segments = unpoolable(each.core) or self._segments(each)
             if isinstance(segments, str):
                 context.decline(each.core.result.node, segments, each.entry)

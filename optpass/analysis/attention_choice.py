@@ -11,6 +11,7 @@ from torch.fx import Node
 from optpass.analysis.attention import NORMS, Attention, Attentions
 from optpass.analysis.module_paths import matches
 from optpass.analysis.operators import aten, is_view
+from optpass.errors import nearest_paths
 from optpass.ir.graph import path_of, shape_of, value_of
 from optpass.ir.weights import Constant, WeightStore
 
@@ -44,7 +45,8 @@ class Choice:
         """Patterns and numbers that mean no attention, with the reason."""
         for pattern in self.match:
             if not any(self._matched(each, [pattern]) for each in self.found.found):
-                yield pattern, "no attention is in such a module"
+                near = nearest_paths(pattern, [each.path for each in self.found.found])
+                yield pattern, f"no attention is in such a module{near}"
         for number in self.layers or ():
             if not any(each.layer == number for each in self.found.found):
                 yield f"layer {number}", "no stack has an attention in such a layer"

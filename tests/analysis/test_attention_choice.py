@@ -63,7 +63,7 @@ def test_choice_by_module_and_number(capture_module):
         assert not list(choice.missed)
     missed = list(Choice(found, (7,), ("layer.0",)).missed)
     assert missed == [
-        ("layer.0", "no attention is in such a module"),
+        ("layer.0", "no attention is in such a module; the nearest are layers.0, layers.2, layers.1"),
         ("layer 7", "no stack has an attention in such a layer"),
     ]
 
