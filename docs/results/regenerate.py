@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adapters_table import adapters
+from clockwork_digits import clockwork_digits
 from clockwork_table import clockwork
 from cutting_table import cutting
 from healed_table import healed
@@ -149,6 +150,7 @@ def main(names: Sequence[str]) -> None:
         "adapters": partial(adapters, optpass),
         "reparameterize": reparameterized,
         "clockwork": partial(clockwork, optpass, ROOT),
+        "clockwork-digits": partial(clockwork_digits, ROOT / DIGITS),
         "healed-digits": healed,
         "hoist-invariants": hoist,
         "cutting": cutting,
