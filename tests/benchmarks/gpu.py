@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,6 +38,7 @@ from optpass.pipeline.apply import apply
 from optpass.pipeline.recipe import make_recipe
 from optpass.pipeline.registry import target_names
 from optpass.pipeline.request import Request
+from optpass.runtime.bundle import MANIFEST
 
 PEERS = Path(__file__).with_name("gpu_peers.py")
 PACKAGES = {"deepcache": "DeepCache", "cache_dit": "cache_dit"}
@@ -67,6 +69,7 @@ def main() -> int:
     parser.add_argument("--target", default="torch", help="another target, on the CPU")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=2, help="bundles built at once, before anything is measured")
+    parser.add_argument("--folder", type=Path, help="keep checkpoints and bundles here, and use those that are here")
     parser.add_argument("--out", type=Path, help="write the tables to this file too")
     options = parser.parse_args()
     if reason := _unfit(options.device, options.target):
@@ -79,13 +82,23 @@ def main() -> int:
     command = shlex.join(["python", "tests/benchmarks/gpu.py", *sys.argv[1:]])
     lines = [f"# Denoisers on {_device_name(options.device)}", "", f"`{command}`", ""]
     for name in options.models or models:
-        with tempfile.TemporaryDirectory() as folder:
-            for section in _sections(name, models[name], Path(folder), plan):
+        with _kept(options.folder, name) as folder:
+            for section in _sections(name, models[name], folder, plan):
                 print("\n".join(section), flush=True)
                 lines += section
                 if options.out:
                     options.out.write_text("\n".join(lines), encoding="utf-8")
     return 0
+
+
+@contextmanager
+def _kept(folder: Path | None, name: str) -> Iterator[Path]:
+    """A model's folder in ``folder``; without one, a folder that is gone afterwards."""
+    if folder is not None:
+        yield folder / name.replace(" ", "-").lower()
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
 
 
 def _unfit(device: str, target: str) -> str:
@@ -103,7 +116,9 @@ def _device_name(device: str) -> str:
 def _sections(name: str, model: Model, folder: Path, plan: Plan) -> Iterator[list[str]]:
     """Lines of Markdown for each precision."""
     checkpoint = folder / "checkpoint"
-    weights = model.write(checkpoint) // 2
+    if not checkpoint.exists():
+        model.write(checkpoint)
+    weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) // 2
     measured = [precision for precision in plan.precisions if precision in model.precisions]
     bundles = _bundles(model, checkpoint, folder, measured, plan)
     for precision in plan.precisions:
@@ -184,7 +199,9 @@ def _recipe(
 
 
 def _built(recipe: Mapping[str, Any], checkpoint: Path, out: Path) -> Path | str:
-    """The bundle ``out``, or why there is none. Runs in a process of its own."""
+    """The bundle ``out``, if need be built, or why there is none. Runs in a process of its own."""
+    if (out / MANIFEST).exists():
+        return out
     out.parent.mkdir(parents=True, exist_ok=True)
     request = Request(str(checkpoint), out, verify="never", baseline=False, samples=0)
     label = f"{out.parent.name}, {recipe['name']}"
