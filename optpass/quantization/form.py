@@ -39,7 +39,7 @@ PORTABLE = QuantizationForm()
 """What every compiler takes: symmetric int8 at convolutions and matrix products, biases as they are."""
 CPU = QuantizationForm(signed=False, symmetric=False, integer_bias=True, sums=True)
 """What x86 kernels are fastest with: unsigned activations against signed weights (VNNI's own product)."""
-INTEGER = QuantizationForm(everything=True)
+INTEGER = QuantizationForm(symmetric=False, everything=True)
 """What devices without floating-point units take."""
 FORMS: Mapping[str, QuantizationForm] = {"portable": PORTABLE, "cpu": CPU, "integer": INTEGER}
 
