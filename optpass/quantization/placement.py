@@ -27,6 +27,9 @@ MONOTONE = frozenset(
 AVERAGES = frozenset({aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.mean.dim})
 """What stands between a convolutional stream and its classifier."""
 
+ACTIVATIONS = frozenset({aten.relu.default, aten.hardtanh.default})
+"""What a kernel of integers does as it rounds the result of a product."""
+
 Reason = Callable[[Node], str]
 """Why an operator is left in floating point; empty when it is not."""
 
@@ -166,15 +169,23 @@ def _take_sums(placement: Placement, graph: Graph, reason: Reason) -> None:
 
 
 def _take_rest(placement: Placement, graph: Graph, reason: Reason) -> None:
-    """Every floating value that an operator, or the graph's result, reads: for devices that have integers alone."""
+    """Every floating value that an operator, or the graph's result, reads: for devices that have integers alone.
+
+    A product and its activation are one kernel.
+    """
     taken = set(placement.edges)
     for node in [*graph.calls, graph.output_node]:
         if node.op == "call_function" and reason(node):
             continue
         for operand in dict.fromkeys(node.all_input_nodes):
             computed = operand.op in ("call_function", "placeholder")
-            if computed and is_real(operand) and (operand, node) not in taken:
+            if computed and is_real(operand) and (operand, node) not in taken and not _is_fused(operand, node):
                 placement.edges.append((operand, node))
+
+
+def _is_fused(operand: Node, node: Node) -> bool:
+    """Whether ``node`` is the activation of the product ``operand``, which nothing else reads."""
+    return node.target in ACTIVATIONS and weight_axis(operand) is not None and len(operand.users) == 1
 
 
 def is_real(node: Node) -> bool:

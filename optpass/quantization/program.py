@@ -15,6 +15,7 @@ from optpass.quantization.form import CHANNELS, QuantizationForm, WeightScheme
 from optpass.quantization.insertion import Insertion
 from optpass.quantization.placement import Placement, Reason, place, place_weights
 from optpass.quantization.ranges import Method, Ranges, find_ranges
+from optpass.quantization.sharing import shared
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Quantization:
             name: find_ranges(program.entries[name], program.weights, placement, self.form, calls.entries[name], method)
             for name, placement in self.placements.items()
         }
+        if self.form.everything:
+            ranges = {name: shared(found, self.placements[name]) for name, found in ranges.items()}
         return replace(self, ranges=ranges)
 
     def restricted(self, wanted: Callable[[Node], bool]) -> Quantization:
