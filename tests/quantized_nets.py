@@ -21,6 +21,21 @@ class Residual(nn.Module):
         return self.head(torch.relu(self.last(x)).mean((2, 3)))
 
 
+class Handing(nn.Module):
+    """A sum that a ReLU, a pooling, an enlargement and a concatenation hand on. Input [2, 3, 8, 8]."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.other = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.last = nn.Conv2d(16, 4, 3, padding=1)
+
+    def forward(self, image):
+        stem = torch.relu(self.stem(image))
+        added = torch.relu(stem - 3 * self.other(image))
+        small = nn.functional.interpolate(nn.functional.max_pool2d(added, 2), scale_factor=2.0)
+        return self.last(torch.cat([small, 0.2 * stem], 1))
+
+
 class Attention(nn.Module):
     """One attention over tokens, behind an embedding of a timestep. Inputs [2, 6, 16] and [2]."""
 

@@ -28,12 +28,14 @@ def shared(ranges: Ranges, placement: Placement) -> Ranges:
         if reader.op == "call_function" and reader.target in HANDED_ON and is_real(reader):
             _join(groups, value.name, reader.name)
     members: dict[str, list[Quantizer]] = {}
-    # What is smoothed is another value, of its reader alone.
-    plain = {edge: found for edge, found in ranges.activations.items() if edge[1] not in ranges.factors}
-    for (value_name, _), quantizer in plain.items():
-        members.setdefault(_first(groups, value_name), []).append(quantizer)
+    for (value_name, reader_name), quantizer in ranges.activations.items():
+        # What is smoothed is another value, of its reader alone.
+        if reader_name not in ranges.factors:
+            members.setdefault(_first(groups, value_name), []).append(quantizer)
     one = {group: _union(quantizers) for group, quantizers in members.items()}
-    found = {edge: one[_first(groups, edge[0])] for edge in plain}
+    # Operands in a list, as a concatenation's, have no range of their own yet.
+    edges = ((value.name, reader.name) for value, reader in placement.edges if reader.name not in ranges.factors)
+    found = {edge: one[group] for edge in edges if (group := _first(groups, edge[0])) in one}
     return replace(ranges, activations={**ranges.activations, **found})
 
 

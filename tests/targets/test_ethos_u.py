@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_nets import Handing
 from small_net import Small, signal_to_noise
 from torch import Tensor, nn
 
 from optpass.errors import UserError
+from optpass.evaluate.calibration_set import random_set
 from optpass.ir.program import Program
 from optpass.ir.weights import Constant
 from optpass.pipeline.lowered import runners_of
 from optpass.pipeline.target import Lowering
+from optpass.quantization.program import Quantization
+from optpass.quantization.ranges import Method
 from optpass.targets.ethos_u import EthosU
 from optpass.testing import capture_module
 
@@ -68,6 +72,18 @@ def test_all_of_it_runs_on_the_npu_and_arms_model_computes_it(whole: Program, tm
     assert entry.coverage is not None
     assert entry.coverage.native == entry.coverage.operators > 0
     assert signal_to_noise(whole, runners_of(target, {"full": entry}, tmp_path)["full"]) > 35
+
+
+@installed
+def test_what_is_handed_on_is_what_it_was(tmp_path: Path) -> None:
+    """A ReLU behind a sum, pooled, enlarged and joined: integers whose scale no kernel asks for."""
+    program = capture_module(Handing, image=torch.zeros(2, 3, 8, 8))[0]
+    placed = Quantization.placed(program, EthosU.quantization, Quantization.scheme, lambda graph: lambda node: "")
+    calls = random_set(program, count=4, seed=0)
+    quantized = placed.calibrated(program, calls, Method("minmax")).applied(program)
+    target = EthosU()
+    entry = target.lower(quantized, Lowering(tmp_path))["full"]
+    assert signal_to_noise(quantized, runners_of(target, {"full": entry}, tmp_path)["full"]) > 35
 
 
 @installed
