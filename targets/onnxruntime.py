@@ -23,7 +23,8 @@ from optpass.pipeline.target import Footprint, LoweredEntry, Lowering, Runner, T
 from optpass.quantization.form import CPU, QuantizationForm
 
 SUPPORTED = frozenset(
-    {torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+    {torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.uint16, torch.int8, torch.uint8}
+    | {torch.bool}
 )
 LEVELS = {
     "all": "ORT_ENABLE_ALL",
@@ -66,6 +67,7 @@ class OnnxRuntime(Target):
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
     exchanges: ClassVar[bool] = True
     quantization: ClassVar[QuantizationForm] = CPU
+    wide_activations: ClassVar[bool] = True
     extra: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -39,6 +40,7 @@ SUPPORTED = frozenset(
         torch.int64,
         torch.int32,
         torch.int16,
+        torch.uint16,
         torch.int8,
         torch.uint8,
         torch.bool,
@@ -54,7 +56,7 @@ class Qnn(Target):
     """One HTP context per entry: an ONNX file of one ``EPContext`` node, and its binary, for onnxruntime-qnn.
 
     Floating graphs compute in f16, whatever they are stored in; capture in float16 to see that in the Program.
-    Quantised ones compute in int8 where quantizers stand around an operator.
+    Quantised ones compute in int8 where quantizers stand around an operator, or with activations of 16 bits.
     """
 
     soc: str = Field(description="the chip: sm8450, sm8550, sm8650, sm8750, sm8850 or x-elite")
@@ -66,7 +68,9 @@ class Qnn(Target):
     optimize: bool = Field(True, description="fold constants and simplify the ONNX graph on the way")
 
     floats: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
-    quantization: ClassVar[QuantizationForm] = INTEGER
+    # The HTP gives every operator's result a scale of its own.
+    quantization: ClassVar[QuantizationForm] = replace(INTEGER, handing_on=False)
+    wide_activations: ClassVar[bool] = True
     extra: ClassVar[str] = "qnn"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_qnn")
 

@@ -11,24 +11,27 @@ from torch import Tensor
 from torch.fx import Node
 
 from optpass.ir.graph import Graph
-from optpass.ir.quantized import DEQUANTIZE_CHANNELS, DEQUANTIZE_GROUPS, Quantized, ZeroPoints
+from optpass.ir.quantized import DEQUANTIZE as DEQUANTIZE_TENSOR
+from optpass.ir.quantized import DEQUANTIZE_CHANNELS, DEQUANTIZE_GROUPS, Quantized, ZeroPoints, quantizer_of
 from optpass.ir.weights import Cast, Expression, Permute, Shape, Unary
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DEQUANTIZE, TRANSPOSE = "DequantizeLinear", "Transpose"
-GROUPS_OPSET = 21
-"""The first operator set whose DequantizeLinear knows blocks and 4 bits."""
+LATE_OPSET = 21
+"""The first operator set whose DequantizeLinear knows blocks, 4 bits and 16."""
 
 
 def opset_for(graph: Graph, asked: int) -> int:
     """``asked``, or the first operator set that has what ``graph`` needs."""
-    return max(asked, GROUPS_OPSET) if any(map(_is_late, graph.calls)) else asked
+    return max(asked, LATE_OPSET) if any(map(_is_late, graph.calls)) else asked
 
 
 def _is_late(node: Node) -> bool:
-    """Whether ``node`` makes real values of 4 bits, or in groups."""
+    """Whether ``node`` makes real values of 4 bits or 16, or in groups."""
+    if node.target == DEQUANTIZE_TENSOR:
+        return quantizer_of(node).dtype == torch.uint16
     if node.target != DEQUANTIZE_CHANNELS:
         return node.target == DEQUANTIZE_GROUPS
     low, high = node.args[4:6]

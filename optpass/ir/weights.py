@@ -430,6 +430,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.int32: "i32",
     torch.int16: "i16",
     torch.int8: "i8",
+    torch.uint16: "u16",
     torch.uint8: "u8",
     torch.bool: "bool",
     torch.complex64: "c64",

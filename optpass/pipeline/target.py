@@ -118,6 +118,8 @@ class Target(Options):
     """Dtypes that its engines compute in; a checkpoint of another one is captured in float32, if nobody objects."""
     quantization: ClassVar[QuantizationForm] = PORTABLE
     """The form in which its kernels take quantised Programs."""
+    wide_activations: ClassVar[bool] = False
+    """Whether it takes activations of 16 bits beside weights of 8."""
 
     exchanges: ClassVar[bool] = False
     """Whether its engines' exchangeable weights lie in files of raw values (:attr:`LoweredEntry.slotted`)."""

@@ -40,6 +40,9 @@ class QuantizingPass(Pass):
 
     scheme: Scheme = Field("int8", description="int8 weights and activations, or weights alone")
     form: Literal["auto", "portable", "cpu", "integer"] = Field("auto", description="int8: auto is the target's own")
+    activations: Literal[8, 16] = Field(
+        8, description="int8: bits of activations; 16 for NPUs that multiply them by int8 weights"
+    )
     symmetric: bool = Field(True, description="w8, w4: no zero points")
     group_size: int | None = Field(None, ge=0, description="w8, w4: weights that share a scale; 0 is a whole row")
     match: tuple[str, ...] = Field((), description="patterns of module paths that are quantised; all by default")
@@ -74,7 +77,7 @@ class QuantizingPass(Pass):
     executes = True
     needs = "calibration samples"
     of_activations: ClassVar[tuple[str, ...]] = (
-        *("form", "estimator", "bias_correction", "smooth"),
+        *("form", "activations", "estimator", "bias_correction", "smooth"),
         *("search", "bridge"),
     )
     """Options that say nothing where weights alone are integers."""
@@ -92,6 +95,8 @@ class QuantizingPass(Pass):
                 raise ValueError(f"{name!r} says nothing of scheme {self.scheme!r}")
         if self.bridge and self.search == "none":
             raise ValueError("'bridge' says where to search, and there is no 'search'")
+        if self.activations == 16 and self.search != "none":
+            raise ValueError("search chooses among steps of 8 bits; of activations: 16 there is nothing to choose")
         if self.group_size == 1:
             raise ValueError("group_size: 1 is a scale for every weight; 0 is a whole row")
         return self
@@ -141,6 +146,9 @@ class QuantizingPass(Pass):
     ) -> Quantization:
         """``quantization`` with ranges; where nothing says how they are found, by the way that proves best, settled."""
         names = CANDIDATES if self.estimator == "auto" else (self.estimator,)
+        if self.activations == 16 and self.estimator == "auto":
+            # So fine are the steps that nothing is gained by cutting values off.
+            names = ("minmax",)
         trials, found = calls.split(TRIALS)[1].entries, dict[str, tuple[float, Quantization]]()
         for name in names:
             method = Method(name, self.bias_correction, self.smooth)
@@ -226,9 +234,18 @@ class QuantizingPass(Pass):
         context.facts["calibration_set"] = {"source": found.source, "sha256": found.digest, "calls": calls}
 
     def _form(self, context: Context) -> QuantizationForm:
-        if self.form != "auto":
-            return FORMS[self.form]
-        return type(context.target).quantization if context.target is not None else PORTABLE
+        """
+        Raises:
+            UserError: the target has no kernels for activations of so many bits.
+        """
+        target = context.target
+        form = type(target).quantization if target is not None else PORTABLE
+        form = form if self.form == "auto" else FORMS[self.form]
+        if self.activations == 8:
+            return form
+        if target is not None and not type(target).wide_activations:
+            raise UserError("activations: 16: the target has no kernels for them; qnn has")
+        return form.widened
 
     def _weights(self) -> WeightScheme:
         if self.scheme == "int8":

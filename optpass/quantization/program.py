@@ -52,7 +52,7 @@ class Quantization:
             name: find_ranges(program.entries[name], program.weights, placement, self.form, calls.entries[name], method)
             for name, placement in self.placements.items()
         }
-        if self.form.everything:
+        if self.form.handing_on:
             ranges = {name: shared(found, self.placements[name]) for name, found in ranges.items()}
         return replace(self, ranges=ranges)
 

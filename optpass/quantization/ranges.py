@@ -64,12 +64,22 @@ class Ranges:
         symmetric ones take half of them then."""
         return replace(self, activations={edge: _symmetric(found) for edge, found in self.activations.items()})
 
+    def widened(self, form: QuantizationForm) -> Ranges:
+        """Of unsigned integers of 8 bits, in the 16 of ``form``: the same ranges in 257 times as many steps."""
+        return replace(self, activations={edge: _widened(found, form) for edge, found in self.activations.items()})
+
 
 def _symmetric(quantizer: Quantizer) -> Quantizer:
     low, high, zero = quantizer.low, quantizer.high, quantizer.zero_point
     if zero == 0:
         return quantizer
     return replace(quantizer, scale=max(zero - low, high - zero) * quantizer.scale / high, zero_point=0)
+
+
+def _widened(quantizer: Quantizer, form: QuantizationForm) -> Quantizer:
+    low, high = form.bounds
+    finer = (high - low) // (quantizer.high - quantizer.low)
+    return Quantizer(quantizer.scale / finer, quantizer.zero_point * finer, low, high, form.dtype)
 
 
 def find_ranges(
@@ -98,7 +108,8 @@ def find_ranges(
     data = [tuple(call[name] for name in names) for call in calls]
     try:
         with _quietly():
-            found = _quantised(module, placement, form, data, method)
+            # NNCF has 8 bits.
+            found = _quantised(module, placement, form.narrowed, data, method)
     except OptpassError:
         raise
     except Exception as error:
@@ -108,6 +119,8 @@ def find_ranges(
         ) from error
     ranges = _read(placement, module, found)
     _check(placement, ranges)
+    if form.wide:
+        return ranges.widened(form)
     return ranges.symmetric() if form.symmetric else ranges
 
 
