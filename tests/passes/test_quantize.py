@@ -164,8 +164,41 @@ def test_int8_is_near_the_real_model(request, net, form):
     assert program_difference(program, after).snr >= (28 if form != "integer" else 25)
 
 
+@pytest.mark.parametrize("net", ["residual", "attention"])
+def test_activations_of_16_bits_leave_the_error_of_the_weights(request, net):
+    program = request.getfixturevalue(net)
+    wide, _ = quantised(program, form="integer", activations=16, calls=32)
+    narrow, _ = quantised(program, form="integer", estimator="minmax", calls=32)
+    quantisers = [node.args for node in wide.entries["full"].calls if node.target == QUANTIZE]
+    assert {arguments[3:] for arguments in quantisers} == {(0, 65535, torch.uint16)}
+    weights_alone = replace(wide, entries={"full": _with_real_activations(wide.entries["full"])})
+    # A call of the calibration: others may leave its ranges.
+    (inputs,) = random_set(program, count=1, seed=0).entries["full"]
+    real, alone, found, coarse = (
+        program_runner(each, "full")(inputs)["output"] for each in (program, weights_alone, wide, narrow)
+    )
+    assert tensor_difference(alone, found).snr >= 60
+    assert tensor_difference(real, found).snr >= tensor_difference(real, coarse).snr + 2
+
+
+def _with_real_activations(graph):
+    """``graph`` with integers at weights alone."""
+    own = graph.copy()
+    for node in own.calls:
+        if node.target == DEQUANTIZE:
+            node.replace_all_uses_with(node.args[0].args[0])
+    own.remove_dead_code()
+    return own
+
+
+def test_a_target_without_kernels_for_16_bits_refuses_them(residual):
+    with pytest.raises(UserError, match="activations: 16: the target has no kernels for them; qnn has"):
+        quantised(residual, OpenVino(), activations=16)
+
+
 ENGINES = [
     (OnnxRuntime, "residual", {}),
+    (OnnxRuntime, "attention", {"form": "integer", "activations": 16}),
     (OpenVino, "residual", {"form": "portable"}),
     (OnnxRuntime, "attention", {"scheme": "w4", "group_size": 8, "keep": "time"}),
 ]
@@ -317,6 +350,8 @@ def test_half_precision_is_not_calibrated(small):
         ({"scheme": "w8", "data": "x"}, "'data' says nothing"),
         ({"group_size": 8}, "'group_size' says nothing of scheme 'int8'"),
         ({"scheme": "w4", "group_size": 1}, "a scale for every weight"),
+        ({"scheme": "w8", "activations": 16}, "'activations' says nothing of scheme 'w8'"),
+        ({"activations": 16, "search": "l2"}, "of activations: 16 there is nothing to choose"),
     ],
 )
 def test_options_that_say_nothing_are_refused(options, message):
