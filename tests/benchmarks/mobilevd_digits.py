@@ -65,8 +65,8 @@ class Rung:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--clips", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--recipe", default="mobilevd-digits")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
