@@ -16,6 +16,7 @@ from optpass.pipeline.apply import Applied, apply
 from optpass.pipeline.recipe import Recipe, find_recipe, load_recipe, make_recipe
 from optpass.pipeline.records import machine_text
 from optpass.pipeline.request import Request
+from optpass.runtime.bundle import read_manifest
 from optpass.runtime.folder import build_pipeline
 from optpass.runtime.sampling import Asked, Samples, drive
 
@@ -75,7 +76,7 @@ def _way(label: str, recipe: Recipe, checkpoint: Path, folder: Path) -> Way:
     out = folder / label.replace(" ", "-")
     made = apply(recipe, Request(str(checkpoint), out, verify="never", baseline=False))
     pipeline = build_pipeline(checkpoint, {"unet": optpass.load(out)})
-    asked = Asked(steps=made.report["ladder"][-1]["sampling"]["steps"], guidance=GUIDANCE)
+    asked = Asked(steps=read_manifest(out).usual_steps, guidance=GUIDANCE)
 
     def generate(samples: int, seed: int) -> Samples:
         return drive(pipeline, samples=samples, asked=asked, seed=seed)
