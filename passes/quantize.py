@@ -23,8 +23,9 @@ class Quantize(QuantizingPass):
 
     `int8`: weights (symmetric, a scale for each output channel) and activations (a scale for each tensor), the form
     being the target's: x86 runtimes get unsigned activations, int32 biases and integer additions where a residual
-    stream feeds convolutions; other compilers symmetric int8 at convolutions and matrix products. `form` overrides
-    it. `w8` and `w4`: weights of linears alone, in groups along their rows; activations stay real, nothing is executed.
+    stream feeds convolutions; NPUs get integers around every value; other compilers symmetric int8 at convolutions and
+    matrix products. `form` overrides it. `activations: 16` gives activations 65,536 steps beside int8 weights.
+    `w8` and `w4`: weights of linears alone, in groups along their rows; activations stay real, nothing is executed.
     `fp16` and `bf16`: weights and compute in half precision, as `cast` has it, with the same scopes as the others.
 
     Ranges are found by NNCF over a calibration set: what each entry is called with while the checkpoint's pipeline
