@@ -393,7 +393,7 @@ def test_what_options_do_not_find_is_told(capture_module):
     program, _ = capture_module(partial(Vit, 2), image=torch.zeros(2, 3, 6, 4))
     for options, reason in (
         ({"layers": [2]}, "no stack has an attention in such a layer"),
-        ({"match": ["layer.1"]}, "no attention is in such a module"),
+        ({"match": ["layer.1"]}, "no attention is in such a module; the nearest are layers.1.attn, layers.0.attn"),
     ):
         _, record = small(program, **options)
         assert [item.reason for item in record.declined] == [reason]

@@ -86,7 +86,7 @@ def test_who_teaches_which_steps(share: float) -> None:
     for update in range(4):
         assert made.number == (0, 0, 1, 1)[update]
         made.step(update, 1)
-    assert float(halfway.parameters["weight"]) == pytest.approx(0.7)
+    assert float(halfway.copied()["weight"]) == pytest.approx(0.7)
     teacher.asked.clear(), halfway.asked.clear()
     made.terms(LESSON, student.runner(), teacher.runner())
     assert (teacher.asked, halfway.asked) == ([], [999, 499])
@@ -98,4 +98,4 @@ def test_a_round_goes_on_where_it_was() -> None:
     again = objective(Weights(0.9), Weights(0.0), rounds=2, updates=2)
     again.restore(made.state())
     assert again.number == 1
-    assert float(again.halfway.parameters["weight"]) == pytest.approx(0.2)
+    assert float(again.halfway.copied()["weight"]) == pytest.approx(0.2)
