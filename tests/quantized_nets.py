@@ -22,7 +22,7 @@ class Residual(nn.Module):
 
 
 class Handing(nn.Module):
-    """A sum that a ReLU, a pooling, an enlargement and a concatenation hand on. Input [2, 3, 8, 8]."""
+    """Sums that a ReLU, a pooling, an enlargement, a split, a selection and a concatenation hand on. [2, 3, 8, 8]."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,8 @@ class Handing(nn.Module):
         stem = torch.relu(self.stem(image))
         added = torch.relu(stem - 3 * self.other(image))
         small = nn.functional.interpolate(nn.functional.max_pool2d(added, 2), scale_factor=2.0)
-        return self.last(torch.cat([small, 0.2 * stem], 1))
+        left, right = (0.2 * stem).split(4, 1)
+        return self.last(torch.cat([small, left, right], 1)) * right.select(3, 0)[..., None]
 
 
 class Attention(nn.Module):

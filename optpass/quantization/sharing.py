@@ -13,6 +13,8 @@ from optpass.quantization.ranges import Ranges
 HANDED_ON = MONOTONE | frozenset(
     {aten.hardtanh.default, aten.clamp.default, aten.cat.default, aten.view.default, aten.flatten.using_ints}
     | {aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten.clone.default, aten.constant_pad_nd.default}
+    | {aten.select.int, aten.index_select.default, aten.repeat.default, aten.roll.default, aten.flip.default}
+    | {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
 )
 """Operators of which such a device computes the integers alone: what they read and give has one scale."""
 
@@ -25,8 +27,10 @@ def shared(ranges: Ranges, placement: Placement) -> Ranges:
     """
     groups: dict[str, str] = {}
     for value, reader in placement.edges:
-        if reader.op == "call_function" and reader.target in HANDED_ON and is_real(reader):
-            _join(groups, value.name, reader.name)
+        if reader.op == "call_function" and reader.target in HANDED_ON:
+            # A split gives its parts through operators of their own.
+            for given in (reader,) if is_real(reader) else reader.users:
+                _join(groups, value.name, given.name)
     members: dict[str, list[Quantizer]] = {}
     for (value_name, reader_name), quantizer in ranges.activations.items():
         # What is smoothed is another value, of its reader alone.

@@ -31,16 +31,18 @@ def test_a_product_and_its_activation_are_one(quantized: Program) -> None:
 
 
 def test_what_is_handed_on_has_one_quantiser(quantized: Program) -> None:
-    handing = (torch.ops.aten.relu.default, torch.ops.aten.max_pool2d.default, torch.ops.aten.cat.default)
-    seen = 0
+    aten = torch.ops.aten
+    handing = (aten.relu.default, aten.max_pool2d.default, aten.select.int, aten.cat.default, aten.split.Tensor)
+    seen = []
     for node in quantized.entries["full"].calls:
         read = [each for each in node.all_input_nodes if each.target is DEQUANTIZE]
         if node.target in handing and read:
-            given = [quantizer_of(user) for user in node.users if user.target is QUANTIZE]
-            assert {quantizer_of(each) for each in read} == set(given)
-            assert len(set(given)) == 1
-            seen += 1
-    assert seen == 3
+            results = node.users if node.target is aten.split.Tensor else [node]
+            given = {quantizer_of(user) for each in results for user in each.users if user.target is QUANTIZE}
+            assert {quantizer_of(each) for each in read} == given
+            assert len(given) == 1
+            seen.append(node.target)
+    assert sorted(map(str, seen)) == sorted(map(str, handing))
 
 
 def test_integers_handed_on_as_they_are_give_the_same(quantized: Program) -> None:
@@ -69,4 +71,4 @@ def test_it_is_near_what_it_was(quantized: Program) -> None:
     (inputs,) = random_set(program, count=1, seed=0).entries["full"]
     expected = program_runner(program, "full")(inputs)["output"]
     found = program_runner(quantized, "full")(inputs)["output"]
-    assert float((found - expected).square().sum() / expected.square().sum()) < 3e-3
+    assert float((found - expected).square().sum() / expected.square().sum()) < 1e-2
