@@ -233,7 +233,7 @@ def accelerated(precision: Precision, device: Literal["auto", "cpu"]) -> Iterato
             raise UserError(f"cannot train in {precision} on {device}: {error}") from error
         if accelerator.num_processes > 1:
             raise UserError("training runs in one process: start optpass without 'accelerate launch'")
-        # cuBLAS is deterministic with workspaces of its own alone, which it reads of when it starts.
+        # cuBLAS is deterministic in workspaces of a fixed size alone; it reads this when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Some operators have no deterministic form; a result is worth more than none.
         torch.use_deterministic_algorithms(True, warn_only=True)
